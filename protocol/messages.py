@@ -1,0 +1,543 @@
+"""The message table: every type that crosses the bus, its fields, where it is said and who answers it.
+
+One struct a type, plain msgpack maps on the wire. Fields carry units in their names; unknown fields are
+ignored; from the first release on a struct only grows (new fields have defaults). The table at the end,
+``MESSAGES``, is what everything else is derived from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from protocol import topics
+from protocol.entries import SignedEntry
+from protocol.errors import ErrorInfo, UnknownType
+from protocol.manifest import SignedManifest
+from protocol.topics import KIB, Topic
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_\-]{0,62}$")]
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+# --- presence -------------------------------------------------------------------------------------------
+
+
+class NodeState(msgspec.Struct):
+    """Whether a node is there. JSON, retained; the broker says ``lost`` for a node that vanishes."""
+
+    state: str
+    """``init``, ``ready``, ``disconnected`` (said goodbye) or ``lost`` (said by the broker)."""
+    time_us: int
+    """When this was written, Unix microseconds."""
+    fingerprint: str = ""
+    """The node's public key, for people to compare. Trust comes from `mindstream keys trust` alone."""
+    version: str = ""
+    """Mindstream's version."""
+    services: list[str] = []
+    """Services that the node's supervisor keeps running."""
+    pid: int = 0
+    """Process id of the supervisor."""
+
+
+class ServiceState(msgspec.Struct):
+    """How a service is. JSON, retained; the broker says ``lost`` for one that vanishes."""
+
+    state: str
+    """``init``, ``ready``, ``degraded``, ``failed``, ``disconnected`` or ``lost``."""
+    time_us: int
+    """When this was written, Unix microseconds."""
+    reason: str = ""
+    """What it lacks, when not ``ready``."""
+    pid: int = 0
+    queue: int = 0
+    """Messages received and not yet handled."""
+    counters: dict[str, int] = {}
+    """Events since start: handled, dropped, refused and so on; each counter's name says what."""
+    details: dict[str, Any] = {}
+    """What the service wants shown: model, log length, clock skew."""
+
+
+class Event(msgspec.Struct, omit_defaults=True):
+    """Something a person may need to know: a drop, a loss, a refusal, a stop."""
+
+    name: Name
+    """What happened, such as ``dead-letter`` or ``unknown-peer``."""
+    severity: str
+    """``info``, ``warning`` or ``error``."""
+    text: str
+    """One sentence for a person."""
+    count: int = 1
+    """How many times since the last event of this name (events of one name are at most one a second)."""
+    error: ErrorInfo | None = None
+
+
+# --- memory ---------------------------------------------------------------------------------------------
+
+
+class MemoryPut(msgspec.Struct, omit_defaults=True):
+    """Remember a text. Answered once it is committed to disk."""
+
+    text: Annotated[str, Meta(min_length=1, max_length=64 * KIB)]
+    role: str = "note"
+    """Who said it: ``user``, ``model``, ``sensor`` or ``note``."""
+    conversation: str = ""
+    scope: Name = "everyone"
+    """``everyone`` or ``private`` (never leaves this node)."""
+    id: str = ""
+    """UUIDv7 chosen by the asker: a put repeated with the same id is stored once. Empty: the envelope's id."""
+    time_us: Count = 0
+    """When it was said or seen, Unix microseconds; 0: now."""
+
+
+class MemoryStored(msgspec.Struct):
+    """The put is on disk (synchronous=FULL) under this number."""
+
+    id: str
+    node: Name
+    scope: Name
+    log_id: str
+    seq: int
+    already: bool = False
+    """It was stored before under this id."""
+
+
+class MemoryRecall(msgspec.Struct, omit_defaults=True):
+    """Find memories by text."""
+
+    query: Annotated[str, Meta(min_length=1, max_length=16 * KIB)]
+    limit: Annotated[int, Meta(ge=1, le=200)] = 10
+
+
+class MemoryHit(msgspec.Struct):
+    """One memory found."""
+
+    id: str
+    node: str
+    """Origin node."""
+    seq: int
+    text: str
+    role: str
+    conversation: str
+    time_us: int
+    score: float
+    """BM25, greater is better; comparable within one answer only."""
+
+
+class MemoryRecalled(msgspec.Struct):
+    """Answer to a recall, best first."""
+
+    hits: list[MemoryHit]
+    took_ms: float
+    truncated: int = 0
+    """Hits left out because the answer would have been above its limit."""
+
+
+class MemoryVectorAsk(msgspec.Struct):
+    """Ask a node what it holds, origin by origin."""
+
+
+class OriginHave(msgspec.Struct):
+    """How far a node holds one origin without a gap."""
+
+    node: Name
+    scope: Name
+    log_id: str
+    seq: int
+    hash: Digest
+    """Hash of entry ``seq``."""
+
+
+class MemoryVector(msgspec.Struct):
+    """All that a node holds and may be told of; private scopes never appear."""
+
+    origins: list[OriginHave]
+
+
+class MemoryHave(msgspec.Struct):
+    """Digest of a node's vector: equal digests hold equal entries."""
+
+    digest: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    """BLAKE3, 64 bytes, over the sorted vector."""
+    entries: int
+    """Entries covered by the vector."""
+
+
+class MemoryRepair(msgspec.Struct):
+    """Ask a node for a range of one origin's entries."""
+
+    node: Name
+    scope: Name
+    log_id: str
+    first_seq: Annotated[int, Meta(ge=1)]
+    last_seq: Annotated[int, Meta(ge=1)]
+
+
+class MemoryEntries(msgspec.Struct):
+    """Entries, whole and signed: new ones on the log's topic, a range as the answer to a repair."""
+
+    entries: list[SignedEntry]
+    more: bool = False
+    """The range asked for was longer: ask again from the next sequence number."""
+
+
+class MemoryMerge(msgspec.Struct):
+    """Hand entries of other nodes to this node's store. Only this node's own services may ask it."""
+
+    entries: list[SignedEntry]
+
+
+class MemoryMerged(msgspec.Struct):
+    """What became of the entries."""
+
+    stored: int = 0
+    already: int = 0
+    waiting: int = 0
+    """Kept aside until the gap before them is filled."""
+    refused: int = 0
+
+
+# --- model ----------------------------------------------------------------------------------------------
+
+
+class ChatMessage(msgspec.Struct):
+    """One message of a conversation."""
+
+    role: str
+    """``system``, ``user`` or ``assistant``."""
+    content: Annotated[str, Meta(max_length=256 * KIB)]
+
+
+class ModelGenerate(msgspec.Struct, omit_defaults=True):
+    """Let the model speak. Answered at once; tokens follow on the run's topics.
+
+    Without ``messages`` the conversation goes on from its pending token.
+    """
+
+    conversation: Name
+    messages: list[ChatMessage] = []
+    """New messages of this turn, after those that the conversation holds."""
+    run: Name = ""
+    """UUIDv7 of the run, chosen by the asker, so that it can subscribe first. Empty: the envelope's id."""
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 is greedy."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """0 is off."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    seed: Count = 0
+    stop: list[str] = []
+    """Texts that end the answer; not part of it."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token: for measuring."""
+
+
+class RunAccepted(msgspec.Struct):
+    """The run is queued; its tokens come on ``model/run/{run}/token`` of the answering node."""
+
+    run: str
+    conversation: str
+    queued: int
+    """Runs before it."""
+
+
+class ModelCancel(msgspec.Struct):
+    """Stop a run after its current token."""
+
+    run: Name
+
+
+class ModelCancelled(msgspec.Struct):
+    """Whether there was such a run to stop."""
+
+    found: bool
+
+
+class RunToken(msgspec.Struct, omit_defaults=True):
+    """One generated token."""
+
+    index: int
+    """From 0 within the run."""
+    token: int
+    text: str
+    """What the token adds to the text; empty while a character is incomplete."""
+    logprob: float
+    """Natural logarithm of the token's probability under the model, before temperature."""
+    entropy: float
+    """Of the model's distribution, nats."""
+
+
+class Usage(msgspec.Struct):
+    """What a run cost."""
+
+    prompt_tokens: int
+    """Of the whole conversation before the answer."""
+    cached_tokens: int
+    """Of those, not read again: they were in the KV cache."""
+    completion_tokens: int
+    ttft_ms: float
+    """From the start of the work to the first token."""
+    tokens_per_s: float
+    """Of decoding, without prefill."""
+
+
+class RunDone(msgspec.Struct, omit_defaults=True):
+    """The end of a run."""
+
+    run: str
+    conversation: str
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    """``stop`` (end of sequence or a stop text), ``length``, ``cancelled`` or ``error``."""
+    usage: Usage | None = None
+    error: ErrorInfo | None = None
+
+
+class ModelSnapshot(msgspec.Struct):
+    """Save a conversation's state; announced when it is on disk."""
+
+    conversation: Name
+
+
+class SnapshotSaved(msgspec.Struct):
+    """A snapshot is on this node's disk, whole."""
+
+    snapshot: str
+    """Its id: BLAKE3 of the manifest, 64 hex digits."""
+    conversation: str
+    model: str
+    tokens: int
+    size_bytes: int
+    took_ms: float
+
+
+class ModelResume(msgspec.Struct):
+    """Fetch a snapshot from a node and make a conversation of it."""
+
+    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    holder: Name
+    """Node to pull it from; this node itself for a local one."""
+    conversation: str = ""
+    """Name for the conversation here; empty: the one in the manifest."""
+
+
+class ModelResumed(msgspec.Struct):
+    """The conversation lives here now."""
+
+    conversation: str
+    how: str
+    """``exact`` (the KV cache as it was), ``foreign`` (the KV cache, computed under another numerics
+    fingerprint: close, not bit-equal) or ``recomputed`` (read again from its tokens)."""
+    reason: str
+    """Why it is so."""
+    tokens: int
+    size_bytes: int
+    transfer_ms: float
+    restore_ms: float
+
+
+class SnapshotAnnounce(msgspec.Struct):
+    """A snapshot that the speaker holds."""
+
+    snapshot: str
+    conversation: str
+    model: str
+    tokens: int
+    size_bytes: int
+
+
+class SnapshotManifestAsk(msgspec.Struct):
+    """Ask for a snapshot's signed manifest."""
+
+    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class BlobPull(msgspec.Struct):
+    """Let a holder send chunks of a snapshot on ``blob/{transfer}``; sent again for more credit."""
+
+    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    transfer: Name
+    """UUIDv7 chosen by the receiver, who subscribes first."""
+    have: Annotated[bytes, Meta(max_length=64 * KIB)]
+    """Bitmap, one bit a chunk, least significant first: chunks that the receiver holds already."""
+    credit: Annotated[int, Meta(ge=1, le=256)]
+    """Chunks that may be sent now, from the first that is not in ``have``."""
+
+
+class BlobPulling(msgspec.Struct):
+    """What the holder is about to send."""
+
+    sending: int
+    missing: list[int] = []
+    """Indexes of chunks that the holder has lost."""
+
+
+class BlobChunk(msgspec.Struct):
+    """One chunk; verified against the signed manifest before anything is made of it."""
+
+    index: Count
+    data: Annotated[bytes, Meta(max_length=512 * KIB)]
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AskRow:
+    """That a message is a question or command, and who answers it with what."""
+
+    service: str
+    verb: str
+    reply: str
+    """Type of the answer; an error is answered with type ``error``."""
+    ttl_max_ms: int = 600_000
+    """The longest time to live that is accepted."""
+    durable: bool = False
+    """Written to the service's command journal before it is acknowledged, and carried out after a crash."""
+    own_node_only: bool = False
+    """Refused when another node asks."""
+
+
+@dataclass(frozen=True)
+class MessageRow:
+    """One row: a type, its struct, and where it is said."""
+
+    type: str
+    struct: type[msgspec.Struct]
+    topic: Topic
+    max_bytes: int
+    """Limit of the whole payload, at most the topic's."""
+    ask: AskRow | None = None
+
+
+def _row(
+    type: str, struct: type[msgspec.Struct], topic: Topic, *, max_bytes: int | None = None, ask: AskRow | None = None
+) -> MessageRow:
+    return MessageRow(type, struct, topic, max_bytes or topic.max_bytes, ask)
+
+
+_ROWS: tuple[MessageRow, ...] = (
+    _row("error", ErrorInfo, topics.REPLY, max_bytes=16 * KIB),
+    # presence
+    _row("node.state", NodeState, topics.STATE),
+    _row("service.state", ServiceState, topics.SERVICE_STATE),
+    _row("event", Event, topics.EVENT),
+    # memory
+    _row(
+        "memory.put",
+        MemoryPut,
+        topics.ASK,
+        max_bytes=272 * KIB,
+        ask=AskRow("memory_store", "put", "memory.stored"),
+    ),
+    _row("memory.stored", MemoryStored, topics.REPLY, max_bytes=4 * KIB),
+    _row(
+        "memory.recall",
+        MemoryRecall,
+        topics.ASK,
+        max_bytes=72 * KIB,
+        ask=AskRow("memory_store", "recall", "memory.recalled"),
+    ),
+    _row("memory.recalled", MemoryRecalled, topics.REPLY),
+    _row(
+        "memory.vector.ask",
+        MemoryVectorAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("memory_store", "have", "memory.vector"),
+    ),
+    _row("memory.vector", MemoryVector, topics.REPLY),
+    _row("memory.have", MemoryHave, topics.MEMORY_HAVE),
+    _row("memory.entries", MemoryEntries, topics.MEMORY_LOG),
+    _row(
+        "memory.repair",
+        MemoryRepair,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("memory_store", "repair", "memory.range"),
+    ),
+    _row("memory.range", MemoryEntries, topics.REPLY),
+    _row(
+        "memory.merge",
+        MemoryMerge,
+        topics.ASK,
+        ask=AskRow("memory_store", "merge", "memory.merged", own_node_only=True),
+    ),
+    _row("memory.merged", MemoryMerged, topics.REPLY, max_bytes=4 * KIB),
+    # model
+    _row(
+        "model.generate",
+        ModelGenerate,
+        topics.ASK,
+        max_bytes=1000 * KIB,
+        ask=AskRow("model_runner", "generate", "model.accepted", durable=True),
+    ),
+    _row("model.accepted", RunAccepted, topics.REPLY, max_bytes=4 * KIB),
+    _row("model.token", RunToken, topics.RUN_TOKEN),
+    _row("model.done", RunDone, topics.RUN_DONE),
+    _row(
+        "model.cancel",
+        ModelCancel,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "cancel", "model.cancelled"),
+    ),
+    _row("model.cancelled", ModelCancelled, topics.REPLY, max_bytes=4 * KIB),
+    _row(
+        "model.snapshot",
+        ModelSnapshot,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "snapshot", "snapshot.saved"),
+    ),
+    _row("snapshot.saved", SnapshotSaved, topics.REPLY, max_bytes=8 * KIB),
+    _row(
+        "model.resume",
+        ModelResume,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "resume", "model.resumed"),
+    ),
+    _row("model.resumed", ModelResumed, topics.REPLY, max_bytes=8 * KIB),
+    # snapshots and blobs
+    _row("snapshot.announce", SnapshotAnnounce, topics.SNAPSHOT_ANNOUNCE),
+    _row(
+        "snapshot.manifest.ask",
+        SnapshotManifestAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "manifest", "snapshot.manifest"),
+    ),
+    _row("snapshot.manifest", SignedManifest, topics.REPLY),
+    _row(
+        "blob.pull",
+        BlobPull,
+        topics.ASK,
+        max_bytes=72 * KIB,
+        ask=AskRow("model_runner", "pull", "blob.pulling"),
+    ),
+    _row("blob.pulling", BlobPulling, topics.REPLY, max_bytes=256 * KIB),
+    _row("blob.chunk", BlobChunk, topics.BLOB),
+)
+
+MESSAGES: dict[str, MessageRow] = {row.type: row for row in _ROWS}
+"""Every message type, by its name on the wire."""
+
+_BY_STRUCT: dict[type[msgspec.Struct], MessageRow] = {}
+for _each in _ROWS:
+    _BY_STRUCT.setdefault(_each.struct, _each)
+
+
+def row_of(message: msgspec.Struct | type[msgspec.Struct], *, type_name: str = "") -> MessageRow:
+    """The row of a message or of its class (its first, when a struct has two types). Raises UnknownType."""
+    if type_name:
+        found = MESSAGES.get(type_name)
+    else:
+        found = _BY_STRUCT.get(message if isinstance(message, type) else type(message))
+    if found is None:
+        raise UnknownType(f"looking up {type_name or message!r}: no row of the message table names it", field="type")
+    return found

@@ -1,0 +1,152 @@
+"""The topic table: every topic that Mindstream uses, declared once.
+
+Subscriptions, ACLs, AsyncAPI and the docs' tables are derived from ``TOPICS``. A name writes its own branch,
+``mindstream/v1/{node}/…``, and nothing else: the topic proves who spoke.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from protocol.errors import WrongTopic
+from protocol.ids import NAME_PATTERN
+
+ROOT = "mindstream/v1"
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One row: a family of topics of one shape.
+
+    Its ``pattern`` stands below the root; levels in braces are names, checked as such.
+    """
+
+    name: str
+    pattern: str
+    about: str
+    max_bytes: int
+    """The whole payload's limit; what is larger is refused before the client library or a decoder sees it."""
+    qos: int = 1
+    retain: bool = False
+    format: str = "msgpack"
+    """``msgpack`` (an envelope) or ``json`` (a bare object that any tool can read)."""
+    levels: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(f"{ROOT}/{self.pattern}".split("/")))
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The names in braces, in order; the first is always ``node``, the speaker."""
+        return tuple(level[1:-1] for level in self.levels if level.startswith("{"))
+
+    def format_topic(self, **names: str) -> str:
+        """The concrete topic. Raises WrongTopic when a name is missing or may not stand in a topic."""
+        return self._fill(names, wildcard=False)
+
+    def filter(self, **names: str) -> str:
+        """A subscription filter: ``+`` for every name not given."""
+        return self._fill(names, wildcard=True)
+
+    def _fill(self, names: dict[str, str], *, wildcard: bool) -> str:
+        out = []
+        for level in self.levels:
+            if not level.startswith("{"):
+                out.append(level)
+                continue
+            name = names.get(level[1:-1], "+" if wildcard else "")
+            if name != "+" and not NAME_PATTERN.fullmatch(name) or name == "+" and not wildcard:
+                raise WrongTopic(
+                    f"making a topic of {self.pattern!r}: {level[1:-1]} {name[:80]!r} is not a name",
+                    hint="use 1 to 63 of a-z, 0-9, '-' and '_'",
+                    field=level[1:-1],
+                    reason="not a name",
+                )
+            out.append(name)
+        return "/".join(out)
+
+
+@dataclass(frozen=True)
+class ParsedTopic:
+    """A concrete topic, taken apart."""
+
+    topic: Topic
+    node: str
+    """The speaker: whose branch it is."""
+    names: dict[str, str]
+    raw: str
+    """The whole topic."""
+
+
+STATE = Topic(
+    "state", "{node}/state", "whether the node is there: retained, and its will", 8 * KIB, retain=True, format="json"
+)
+SERVICE_STATE = Topic(
+    "service_state",
+    "{node}/service/{service}/state",
+    "a service's state, counters and queues: retained, and its will",
+    32 * KIB,
+    retain=True,
+    format="json",
+)
+EVENT = Topic("event", "{node}/event/{service}", "what was dropped, lost or refused, and other things to know", 16 * KIB)
+MEMORY_LOG = Topic("memory_log", "{node}/memory/log", "new entries of the node's own log", 1000 * KIB)
+MEMORY_HAVE = Topic(
+    "memory_have", "{node}/memory/have", "digest of all the entries that the node holds", 1 * KIB, retain=True
+)
+RUN_TOKEN = Topic("run_token", "{node}/model/run/{run}/token", "tokens of a run as they are generated", 16 * KIB)
+RUN_DONE = Topic("run_done", "{node}/model/run/{run}/done", "the end of a run, with its text and usage", 512 * KIB)
+SNAPSHOT_ANNOUNCE = Topic("snapshot_announce", "{node}/snapshot/announce", "a snapshot that the node holds", 8 * KIB)
+BLOB = Topic("blob", "{node}/blob/{transfer}", "chunks of a blob on the way to the one who pulled it", 516 * KIB)
+ASK = Topic("ask", "{node}/ask/{target}/{service}/{verb}", "a question or command to another node's service", 1000 * KIB)
+REPLY = Topic("reply", "{node}/reply/{asker}/{client}", "the answer to an ask", 1000 * KIB)
+
+TOPICS: tuple[Topic, ...] = (
+    STATE,
+    SERVICE_STATE,
+    EVENT,
+    MEMORY_LOG,
+    MEMORY_HAVE,
+    RUN_TOKEN,
+    RUN_DONE,
+    SNAPSHOT_ANNOUNCE,
+    BLOB,
+    ASK,
+    REPLY,
+)
+
+MAX_PACKET_BYTES = 1024 * KIB
+"""What brokers are configured to carry: above every topic's limit, with room for topic and properties."""
+
+_LEVEL = re.compile(NAME_PATTERN.pattern)
+_BY_SHAPE: dict[tuple[int, str], list[Topic]] = {}
+for _topic in TOPICS:
+    _BY_SHAPE.setdefault((len(_topic.levels), _topic.levels[3]), []).append(_topic)
+
+
+@lru_cache(maxsize=4096)
+def parse(topic: str) -> ParsedTopic:
+    """Take a concrete topic apart. Raises WrongTopic when no row of the table has its shape."""
+    levels = topic.split("/")
+    if len(topic) <= 512 and len(levels) > 3 and f"{levels[0]}/{levels[1]}" == ROOT:
+        for row in _BY_SHAPE.get((len(levels), levels[3]), ()):
+            names: dict[str, str] = {}
+            for pattern, level in zip(row.levels, levels, strict=True):
+                if pattern.startswith("{"):
+                    if not _LEVEL.fullmatch(level):
+                        break
+                    names[pattern[1:-1]] = level
+                elif pattern != level:
+                    break
+            else:
+                return ParsedTopic(row, names["node"], names, topic)
+    raise WrongTopic(
+        f"reading the topic {topic[:120]!r}: no row of the topic table has this shape",
+        hint="docs/protocol.md lists them",
+        topic=topic[:512],
+        field="topic",
+        reason="not in the table",
+    )
