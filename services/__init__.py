@@ -1,0 +1,1 @@
+"""The services of a node, one package each; a service imports protocol and edge, never another service."""

@@ -1,0 +1,212 @@
+"""The one interface of every engine: token ids in, logits out.
+
+An engine knows token ids and nothing of text, sampling or the bus. It never sees two conversations in one cache.
+
+The rule of the pending token: a KV cache always ends before one pending token. ``prefill`` is given all tokens but
+the last and returns no logits; the last one is a decode step, by ``step``. A state that was saved and resumed goes
+on with exactly the step that the uninterrupted one would have done next, so nothing is cropped and nothing is
+computed a second time.
+
+Importing this module imports no tensor library.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import ContextOverflow, InvalidPrompt, SnapshotRefused
+from protocol.manifest import ModelDigests, NumericsFingerprint
+
+PREFILL_CHUNK_TOKENS = 256
+"""Chunks of a prompt end at absolute multiples of this, wherever prefill begins: the same prefix is always cut the
+same way, whether it was read at once, after a cancellation, or turn by turn from the same boundary."""
+
+CHUNK_SCHEDULE = f"multiples of {PREFILL_CHUNK_TOKENS}"
+
+LayerKind = Literal["full", "sliding"]
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer keeps for each position."""
+
+    kind: LayerKind
+    """``full`` keeps every position; ``sliding`` the last ``window_tokens - 1``, which with the pending token's
+    own make a window."""
+    kv_heads: int
+    head_dim: int
+    window_tokens: int = 0
+    """Positions a query of a sliding layer sees, itself included; 0 for a full layer."""
+
+    def held_tokens(self, seen_tokens: int) -> int:
+        """Positions this layer holds once ``seen_tokens`` have been written to it."""
+        return seen_tokens if self.kind == "full" else min(seen_tokens, self.window_tokens - 1)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a conversation needs to know of a model; two engines of equal ``digests`` run the same model."""
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    context_tokens: int
+    eos_token_ids: frozenset[int]
+    dtype: str
+    """Of weights, activations and KV: ``bfloat16``, ``float16`` or ``float32``."""
+    dtype_reason: str
+    """Why that dtype on this hardware."""
+    digests: ModelDigests
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one position takes while no window is full."""
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers) * DTYPE_BYTES[self.dtype]
+
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
+"""How each dtype's bytes look in numpy, which has no bfloat16: its bits as unsigned integers."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's keys and values, outside any engine."""
+
+    kind: LayerKind
+    dtype: str
+    keys: npt.NDArray[Any]
+    """(kv_heads, tokens, head_dim) in ``STORAGE_DTYPES[dtype]``."""
+    values: npt.NDArray[Any]
+    """The same shape and dtype."""
+    seen_tokens: int
+    """Positions ever written to the layer; more than it holds when a sliding window has moved on."""
+
+
+class KVCache(ABC):
+    """One conversation's keys and values, opaque outside its engine; used by one thread at a time."""
+
+    capacity_tokens: int
+    """Positions it may ever hold."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions written so far."""
+
+
+ShouldStop = Callable[[], bool]
+OnProgress = Callable[[int, int], None]
+"""Called with (positions in the cache, positions it will have when the prefill is done)."""
+
+
+class Engine(ABC):
+    """Runs one model. Calls may come from any thread, one at a time."""
+
+    spec: ModelSpec
+    fingerprint: NumericsFingerprint
+
+    @abstractmethod
+    def new_cache(self, capacity_tokens: int) -> KVCache:
+        """An empty cache for at most ``capacity_tokens`` positions; memory is taken as it fills.
+
+        Raises ContextOverflow when the model's context is shorter.
+        """
+
+    @abstractmethod
+    def prefill(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        should_stop: ShouldStop | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> int:
+        """Append ``tokens`` to the cache, chunk by chunk, without logits.
+
+        ``should_stop`` is asked before each chunk; what was read until then stays, and a later call with the rest
+        makes the same chunks. Returns the number of tokens appended.
+
+        Raises InvalidPrompt, ContextOverflow, or ModelError when memory runs out.
+        """
+
+    @abstractmethod
+    def step(self, cache: KVCache, token: int) -> Logits:
+        """Append the pending ``token`` and return the next token's logits, float32 of shape (vocab_size,).
+
+        The array belongs to the caller. Raises as ``prefill``.
+        """
+
+    @abstractmethod
+    def export_layers(self, cache: KVCache) -> list[LayerState]:
+        """The cache's content. Where memory allows these are views: copy them before the cache is used again."""
+
+    @abstractmethod
+    def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> KVCache:
+        """A new cache with ``layers`` copied in, bit for bit.
+
+        Raises SnapshotRefused, before anything is allocated, when they do not fit ``spec``.
+        """
+
+    def check_tokens(self, cache: KVCache, tokens: Sequence[int]) -> None:
+        """Raises InvalidPrompt or ContextOverflow unless ``tokens`` can be appended to ``cache``."""
+        for position, token in enumerate(tokens):
+            if not 0 <= token < self.spec.vocab_size:
+                raise InvalidPrompt(
+                    f"reading a prompt with {self.spec.name}: token {token} at position {cache.length + position} "
+                    f"is not in its vocabulary of {self.spec.vocab_size:,}",
+                    hint="make the tokens with this model's own tokenizer",
+                    field="tokens",
+                    reason="unknown token id",
+                )
+        limit = min(cache.capacity_tokens, self.spec.context_tokens)
+        if cache.length + len(tokens) > limit:
+            raise ContextOverflow(
+                f"running {self.spec.name}: {cache.length + len(tokens):,} positions do not fit its limit of {limit:,}",
+                hint="begin a new conversation, or shorten this one",
+                field="tokens",
+                reason="context full",
+            )
+
+
+def chunk_ends(start: int, stop: int) -> list[int]:
+    """Ends of the chunks that cover positions ``start`` to ``stop`` (excluded): absolute multiples, then ``stop``."""
+    first = (start // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
+    ends = list(range(first, stop, PREFILL_CHUNK_TOKENS))
+    return [*ends, stop] if stop > start else []
+
+
+def check_layers(spec: ModelSpec, layers: Sequence[LayerState]) -> None:
+    """Raises SnapshotRefused unless ``layers`` are a whole state of ``spec``, all of one length."""
+
+    def refuse(field: str, reason: str) -> SnapshotRefused:
+        return SnapshotRefused(
+            f"restoring a KV cache of {spec.name}: {field}: {reason}",
+            hint="resume it on a node that runs the same model, or from its token ids",
+            field=field,
+            reason=reason,
+        )
+
+    if len(layers) != len(spec.layers):
+        raise refuse("layers", f"{len(layers)} of them, the model has {len(spec.layers)}")
+    for index, (own, state) in enumerate(zip(spec.layers, layers, strict=True)):
+        shape = (own.kv_heads, own.held_tokens(state.seen_tokens), own.head_dim)
+        if state.kind != own.kind or state.dtype != spec.dtype:
+            reason = f"{state.kind} {state.dtype}, the model has {own.kind} {spec.dtype}"
+            raise refuse(f"layers[{index}]", reason)
+        if state.seen_tokens != layers[0].seen_tokens:
+            raise refuse(f"layers[{index}].seen_tokens", "layers are of different lengths")
+        for field, array in (("keys", state.keys), ("values", state.values)):
+            if array.shape != shape or array.dtype != STORAGE_DTYPES[spec.dtype]:
+                raise refuse(f"layers[{index}].{field}", f"{array.dtype} {array.shape}, expected {shape}")

@@ -1,0 +1,220 @@
+"""The generation loop: one conversation's state, and an iterator that moves it on token by token.
+
+The state is whole between any two tokens: stopping after ``k`` tokens and going on later, here or on another node,
+is the same as not stopping. The last of ``tokens`` is pending: the cache covers all before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from protocol.errors import InvalidPrompt, ModelError
+from services.model_runner.engine import Engine, KVCache, OnProgress, ShouldStop
+from services.model_runner.sampling import Sampler, SamplingSettings
+
+
+class GenerationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When an answer ends. How its tokens are chosen stands in the sampler."""
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer and are not part of it; found by whoever turns tokens into text."""
+    ignore_eos: bool = False
+    """Go on past the end of sequence: for measuring."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidPrompt(
+                f"setting up an answer: max_new_tokens is {self.max_new_tokens}, it must be 1 or more",
+                hint="ask for at least one token",
+                field="max_new_tokens",
+                reason="out of range",
+            )
+        if not all(self.stop):
+            raise InvalidPrompt(
+                "setting up an answer: a stop text is empty, it would end every answer at once",
+                hint="leave empty stop texts out",
+                field="stop",
+                reason="empty",
+            )
+
+
+@dataclass
+class Timing:
+    """What one answer cost on this node; a resumed answer is timed anew."""
+
+    prefilled_tokens: int = 0
+    """Read in prefill."""
+    reused_tokens: int = 0
+    """In the cache when the answer began."""
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    """From the start of the work, prefill included; 0 until there is a token."""
+    decode_s: float = 0.0
+    """In decode steps and sampling, without the caller's own time between tokens."""
+    decoded_tokens: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decoding; 0 before the first token."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass
+class GenerationState:
+    """One conversation between two tokens."""
+
+    tokens: list[int]
+    """All of them, the pending one last."""
+    cache: KVCache
+    """Covers a prefix of ``tokens[:-1]``, and all of it once prefill is done."""
+    sampler: Sampler
+    settings: GenerationSettings
+    new_tokens: int = 0
+    """How many of ``tokens``, at their end, are of the present answer."""
+    finish_reason: str = ""
+    """``stop``, ``length`` or ``cancelled``; empty while the answer is not finished."""
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def answer(self) -> list[int]:
+        """The present answer's tokens, an end of sequence included."""
+        return self.tokens[len(self.tokens) - self.new_tokens :]
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the cache ends just before the pending token, as a snapshot needs it."""
+        return self.cache.length == len(self.tokens) - 1
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token of an answer."""
+
+    index: int
+    """From 0 within the answer."""
+    token: int
+    logprob: float
+    """Natural logarithm of its probability under the model, before temperature."""
+    entropy: float
+    """Of the model's distribution, nats."""
+
+
+def begin(
+    engine: Engine,
+    tokens: list[int],
+    *,
+    sampling: SamplingSettings | None = None,
+    settings: GenerationSettings | None = None,
+    capacity_tokens: int = 0,
+) -> GenerationState:
+    """A new conversation whose prompt is ``tokens``; nothing is computed yet.
+
+    ``capacity_tokens`` bounds its whole life, later turns included; 0 is the model's context.
+    Raises InvalidPrompt or ContextOverflow.
+    """
+    if not tokens:
+        raise InvalidPrompt(
+            f"beginning a conversation with {engine.spec.name}: the prompt has no tokens",
+            hint="say something",
+            field="tokens",
+            reason="empty prompt",
+        )
+    cache = engine.new_cache(capacity_tokens or engine.spec.context_tokens)
+    engine.check_tokens(cache, tokens)
+    return GenerationState(
+        list(tokens), cache, Sampler(sampling or SamplingSettings()), settings or GenerationSettings()
+    )
+
+
+def extend(
+    engine: Engine,
+    state: GenerationState,
+    tokens: list[int],
+    *,
+    sampling: SamplingSettings | None = None,
+    settings: GenerationSettings | None = None,
+) -> None:
+    """Begin the next answer after appending ``tokens`` (a turn's new ones) to the conversation.
+
+    The pending token stops being pending: it is read with the new ones. With no ``tokens`` the answer goes on from
+    the pending token. New ``sampling`` starts its seed's draws anew. Raises InvalidPrompt or ContextOverflow, and
+    then the state is unchanged.
+    """
+    engine.check_tokens(state.cache, [*state.tokens[state.cache.length :], *tokens])
+    state.tokens.extend(tokens)
+    state.new_tokens = 0
+    state.finish_reason = ""
+    state.timing = Timing()
+    if sampling is not None:
+        state.sampler = Sampler(sampling)
+    if settings is not None:
+        state.settings = settings
+
+
+def generate(
+    engine: Engine,
+    state: GenerationState,
+    *,
+    should_stop: ShouldStop | None = None,
+    on_progress: OnProgress | None = None,
+) -> Iterator[GeneratedToken]:
+    """Yield the answer's tokens, an end of sequence included, until ``state.finish_reason`` says why it ended.
+
+    ``should_stop`` is asked before each chunk of the prompt and before each token; a cancelled answer goes on when
+    ``generate`` is called again, as if it had not been stopped. The state is whole whenever a token is yielded, so
+    the caller may also simply stop iterating. ``on_progress`` hears of prefill.
+
+    Raises what the engine raises; ModelError when the answer is already finished.
+    """
+    if state.finish_reason in ("stop", "length"):
+        raise ModelError(
+            f"going on with an answer that has ended ({state.finish_reason}, {state.new_tokens} tokens)",
+            hint="begin the next answer with extend()",
+            reason="finished",
+        )
+    state.finish_reason = ""
+    timing = state.timing
+    if not state.new_tokens and not timing.prefilled_tokens:
+        timing.reused_tokens = state.cache.length
+    started = time.perf_counter()
+    timing.prefilled_tokens += _prefill(engine, state, should_stop, on_progress)
+    timing.prefill_s += time.perf_counter() - started
+    if not state.prefilled:
+        state.finish_reason = "cancelled"
+        return
+    settings = state.settings
+    eos = frozenset() if settings.ignore_eos else engine.spec.eos_token_ids
+    limit = min(state.cache.capacity_tokens, engine.spec.context_tokens)
+    while state.cache.length < limit:
+        if should_stop is not None and should_stop():
+            state.finish_reason = "cancelled"
+            return
+        step_started = time.perf_counter()
+        logits = engine.step(state.cache, state.tokens[-1])
+        choice = state.sampler.sample(logits, state.tokens)
+        state.tokens.append(choice.token)
+        state.new_tokens += 1
+        now = time.perf_counter()
+        timing.decode_s += now - step_started
+        timing.decoded_tokens += 1
+        timing.first_token_s = timing.first_token_s or now - started
+        if choice.token in eos:
+            state.finish_reason = "stop"
+        elif state.new_tokens >= settings.max_new_tokens:
+            state.finish_reason = "length"
+        yield GeneratedToken(state.new_tokens - 1, choice.token, choice.logprob, choice.entropy)
+        if state.finish_reason:
+            return
+    state.finish_reason = "length"
+
+
+def _prefill(
+    engine: Engine, state: GenerationState, should_stop: ShouldStop | None, on_progress: OnProgress | None
+) -> int:
+    missing = state.tokens[state.cache.length : -1]
+    return engine.prefill(state.cache, missing, should_stop, on_progress) if missing else 0

@@ -1,0 +1,386 @@
+"""The reference engine: any causal language model that transformers can load, on torch, on a CPU or a CUDA GPU.
+
+What it adds to the stock model: a preallocated cache (kv_cache.py), attention that is fast on a CPU (attention.py),
+a dtype chosen for the hardware, and matrix products that are fast on CPUs without bfloat16 instructions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from protocol.errors import ContextOverflow, ModelError, ModelUnavailable
+from protocol.manifest import NumericsFingerprint
+from services.model_runner import attention
+from services.model_runner.digests import model_digests, weights_files
+from services.model_runner.engine import (
+    CHUNK_SCHEDULE,
+    STORAGE_DTYPES,
+    Engine,
+    KVCache,
+    LayerSpec,
+    LayerState,
+    Logits,
+    ModelSpec,
+    OnProgress,
+    ShouldStop,
+    check_layers,
+    chunk_ends,
+)
+from services.model_runner.kv_cache import TorchKVCache
+
+_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_UPCAST_ROWS = 8
+"""Rows from which converting the weights costs less than the slow product saves (measured on AVX2, 576 x 3072)."""
+
+
+class DtypeChoice(NamedTuple):
+    """A dtype and why it was taken."""
+
+    dtype: str
+    reason: str
+
+
+def has_bf16_products() -> bool:
+    """Whether this CPU's library multiplies bfloat16 matrices at speed (AVX-512, AMX, or Arm with bf16)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_dtype(device: torch.device) -> DtypeChoice:
+    """The dtype for weights, activations and KV on ``device``."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return DtypeChoice("bfloat16", "the GPU computes in bfloat16: half the memory of float32")
+        return DtypeChoice("float32", "the GPU has no bfloat16, and float16 overflows in models trained in bfloat16")
+    if has_bf16_products():
+        return DtypeChoice("bfloat16", "the CPU multiplies bfloat16, and decoding is bound by the bytes of the weights")
+    return DtypeChoice(
+        "bfloat16",
+        "decoding is bound by the bytes of the weights; the CPU has no bfloat16 products, so those of a prompt are "
+        "made in float32",
+    )
+
+
+def instruction_set() -> str:
+    """The widest instruction set that torch uses on this CPU, such as ``avx2`` or ``avx512+avx512_bf16``."""
+    base: str = torch.backends.cpu.get_cpu_capability().lower()
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    return "+".join([base, *sorted(words & {"avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve"})])
+
+
+class _UpcastLinear(torch.nn.Module):
+    """A bfloat16 linear layer for CPUs without bfloat16 products.
+
+    Many rows are multiplied in float32 and rounded once, which is what a bfloat16 product with float32 accumulation
+    does: eight times as fast on AVX2, at the cost of a copy of the weights that lives as long as the call. A single
+    row is bound by reading the weights and stays as it is.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.numel() < _UPCAST_ROWS * rows.shape[-1]:
+            return functional.linear(rows, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(rows.float(), self.weight.float(), bias).to(rows.dtype)
+
+
+def _upcast_linears(model: torch.nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            model.set_submodule(name, _UpcastLinear(module))
+
+
+def layer_specs(config: PretrainedConfig) -> tuple[LayerSpec, ...]:
+    """The kind and shape of each layer's cache, as transformers itself would make it for ``config``.
+
+    Raises ModelUnavailable for layers that are neither full nor sliding attention.
+    """
+    text: Any = config.get_text_config(decoder=True)
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = list(DynamicCache(config=text).layers) or [DynamicLayer() for _ in range(text.num_hidden_layers)]
+    specs = []
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicSlidingWindowLayer:
+            specs.append(LayerSpec("sliding", kv_heads, head_dim, int(layer.sliding_window)))
+        elif type(layer) is DynamicLayer:
+            specs.append(LayerSpec("full", kv_heads, head_dim))
+        else:
+            raise ModelUnavailable(
+                f"loading a model of type {text.model_type}: layer {index} keeps a {type(layer).__name__}, and this "
+                "engine keeps full and sliding-window attention only",
+                hint="use a model of plain or sliding-window attention",
+                reason="unsupported layer",
+            )
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise ModelUnavailable(
+            f"loading a model of type {text.model_type}: its attention scores are soft-capped, which this engine's "
+            "attention does not compute",
+            hint="use a model without attn_logit_softcapping",
+            reason="unsupported attention",
+        )
+    return tuple(specs)
+
+
+class TransformersEngine(Engine):
+    """One model on torch. Made by ``load``, or from a model that is already in memory."""
+
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec, *, threads: int) -> None:
+        self.spec = spec
+        self._model = model
+        self._decoder = model.get_decoder()
+        self._device = model.device
+        self._dtype = _TORCH_DTYPES[spec.dtype]
+        self._threads = threads
+        cuda = self._device.type == "cuda"
+        self.fingerprint = NumericsFingerprint(
+            engine="transformers",
+            engine_version=f"torch {torch.__version__} transformers {transformers.__version__}",
+            device=torch.cuda.get_device_name(self._device) if cuda else "cpu",
+            instruction_set=instruction_set(),
+            dtype=spec.dtype,
+            threads=threads,
+            chunk_schedule=CHUNK_SCHEDULE,
+            batch_mode="deterministic",
+        )
+        self._warm_up()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        name: str = "",
+        gguf_file: str = "",
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int = 0,
+        cache_dir: Path | None = None,
+    ) -> TransformersEngine:
+        """Load the model in ``folder``; nothing is fetched from anywhere.
+
+        Args:
+            folder: holds config.json, *.safetensors and the tokenizer; or ``gguf_file``.
+            name: the model's name for people; the folder's by default.
+            gguf_file: name of a GGUF file in ``folder``, whose weights are unpacked.
+            device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU when there is one.
+            dtype: ``bfloat16``, ``float16``, ``float32``, or ``auto``: ``choose_dtype``.
+            threads: of torch's pool; 0 keeps torch's own choice.
+            cache_dir: where digests of the weights are kept between starts.
+
+        Raises ModelUnavailable when it cannot be loaded, with the reason.
+        """
+        weights_files(folder, gguf_file)
+        wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        target = torch.device(wanted)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ModelUnavailable(
+                f"loading {folder.name} on {device}: torch finds no CUDA GPU",
+                hint="set the device to auto or cpu, or install a torch build with CUDA",
+                field="device",
+                reason="no GPU",
+            )
+        choice = choose_dtype(target) if dtype == "auto" else DtypeChoice(dtype, "set by configuration")
+        if choice.dtype not in _TORCH_DTYPES:
+            raise ModelUnavailable(
+                f"loading {folder.name}: {choice.dtype!r} is no dtype of this engine",
+                hint=f"use auto or one of {', '.join(_TORCH_DTYPES)}",
+                field="dtype",
+                reason="unknown dtype",
+            )
+        if threads:
+            torch.set_num_threads(threads)
+        model = _load_model(folder, gguf_file, _TORCH_DTYPES[choice.dtype], target)
+        spec = model_spec(model, name or folder.name, choice, model_digests(folder, gguf_file, cache_dir))
+        return cls(model, spec, threads=torch.get_num_threads())
+
+    def new_cache(self, capacity_tokens: int) -> TorchKVCache:
+        if not 0 < capacity_tokens <= self.spec.context_tokens:
+            raise ContextOverflow(
+                f"making a KV cache of {capacity_tokens:,} positions for {self.spec.name}, whose context is "
+                f"{self.spec.context_tokens:,}",
+                hint="ask for fewer tokens",
+                field="capacity_tokens",
+                reason="beyond the context",
+            )
+        with torch.inference_mode(), self._memory_errors("making a KV cache", capacity_tokens):
+            return TorchKVCache(self.spec.layers, capacity_tokens, self._dtype, self._device)
+
+    def prefill(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        should_stop: ShouldStop | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> int:
+        own = self._own(cache)
+        self.check_tokens(own, tokens)
+        start = own.length
+        end = start + len(tokens)
+        for chunk_end in chunk_ends(start, end):
+            if should_stop is not None and should_stop():
+                break
+            self._forward(self._decoder, own, tokens[own.length - start : chunk_end - start])
+            if on_progress is not None:
+                on_progress(own.length, end)
+        return own.length - start
+
+    def step(self, cache: KVCache, token: int) -> Logits:
+        own = self._own(cache)
+        self.check_tokens(own, (token,))
+        output = self._forward(self._model, own, (token,), logits_to_keep=1)
+        logits: Logits = output.logits[0, -1].float().cpu().numpy()
+        return logits
+
+    def export_layers(self, cache: KVCache) -> list[LayerState]:
+        own = self._own(cache)
+        states = []
+        for layer in own.layers:
+            keys, values = (_to_numpy(tensor, self.spec.dtype) for tensor in layer.held())
+            states.append(LayerState(layer.spec.kind, self.spec.dtype, keys, values, layer.seen_tokens))
+        return states
+
+    def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> TorchKVCache:
+        check_layers(self.spec, layers)
+        cache = self.new_cache(capacity_tokens)
+        seen = layers[0].seen_tokens
+        if seen > capacity_tokens:
+            raise ContextOverflow(
+                f"restoring {seen:,} positions into a KV cache of {capacity_tokens:,}",
+                hint="ask for a larger capacity",
+                field="capacity_tokens",
+                reason="too small",
+            )
+        with torch.inference_mode(), self._memory_errors("restoring a KV cache", seen):
+            for layer, state in zip(cache.layers, layers, strict=True):
+                keys, values = (_from_numpy(array, self._dtype) for array in (state.keys, state.values))
+                layer.restore(keys, values, state.seen_tokens)
+        return cache
+
+    def _own(self, cache: KVCache) -> TorchKVCache:
+        if not isinstance(cache, TorchKVCache) or len(cache.layers) != len(self.spec.layers):
+            raise ModelError(
+                f"running {self.spec.name}: the KV cache belongs to another engine",
+                hint="make caches with the engine that uses them",
+                reason="foreign cache",
+            )
+        return cache
+
+    def _forward(self, module: torch.nn.Module, cache: TorchKVCache, tokens: Sequence[int], **kwargs: Any) -> Any:
+        """One forward pass that appends ``tokens`` to ``cache``; a cache left half written is marked so."""
+        with torch.inference_mode(), self._memory_errors("growing the KV cache", cache.length + len(tokens)):
+            cache.reserve(len(tokens))
+        complete = False
+        try:
+            with torch.inference_mode(), self._memory_errors("running a chunk", len(tokens)):
+                ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
+                output = module(input_ids=ids, past_key_values=cache.model_cache, use_cache=True, **kwargs)
+                complete = True
+                return output
+        finally:
+            if not complete:
+                cache.mark_broken()
+
+    def _warm_up(self) -> None:
+        """One step, so that a model whose layers are not what its configuration says is refused here."""
+        try:
+            self.step(self.new_cache(1), 0)
+        except (RuntimeError, TypeError, ValueError, ModelError) as error:
+            raise ModelUnavailable(
+                f"trying {self.spec.name} with one token: {error}",
+                hint="this model's layers are not what this engine can cache; use another",
+                reason="unsupported model",
+            ) from error
+
+    @contextlib.contextmanager
+    def _memory_errors(self, doing: str, tokens: int) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            # On a CPU torch says "not enough memory" or "can't allocate" in a plain RuntimeError.
+            text = str(error)
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not out_of_memory and "allocate" not in text and "not enough memory" not in text:
+                raise
+            raise ModelError(
+                f"{doing} for {tokens:,} positions of {self.spec.name} on {self._device}: out of memory "
+                f"({self.spec.kv_bytes_per_token:,} bytes of KV a position)",
+                hint="close other conversations, use a shorter context, or a smaller model",
+                reason="out of memory",
+            ) from error
+
+
+def model_spec(model: PreTrainedModel, name: str, choice: DtypeChoice, digests: Any) -> ModelSpec:
+    """What ``model`` is, for conversations and snapshots."""
+    text: Any = model.config.get_text_config(decoder=True)
+    eos: set[int] = set()
+    for source in (model.generation_config, text):
+        ids = getattr(source, "eos_token_id", None)
+        eos.update([ids] if isinstance(ids, int) else ids or [])
+    return ModelSpec(
+        name=name,
+        layers=layer_specs(model.config),
+        vocab_size=int(text.vocab_size),
+        context_tokens=int(text.max_position_embeddings),
+        eos_token_ids=frozenset(eos),
+        dtype=choice.dtype,
+        dtype_reason=choice.reason,
+        digests=digests,
+    )
+
+
+def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    attention.register()
+    transformers.utils.logging.disable_progress_bar()
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            local_files_only=True,
+            trust_remote_code=False,
+            **source,
+        )
+        model = model.to(device).eval()  # type: ignore[arg-type]
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelUnavailable(
+            f"loading the model in {folder}{f' from {gguf_file}' if gguf_file else ''}: {error}",
+            hint="install the model again, or its packages (the model extra)",
+            reason=type(error).__name__,
+        ) from error
+    if device.type == "cpu" and dtype is torch.bfloat16 and not has_bf16_products():
+        _upcast_linears(model)
+    return model
+
+
+def _to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray[Any, Any]:
+    """A view of a CPU tensor, a copy of a GPU one; bfloat16 as its bits."""
+    host = tensor.detach().cpu()
+    if dtype == "bfloat16":
+        host = host.view(torch.int16)
+    array: np.ndarray[Any, Any] = host.numpy()
+    return array.view(STORAGE_DTYPES[dtype])
+
+
+def _from_numpy(array: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the array's bits; copied where torch would warn of read-only memory."""
+    signed = array.view(np.int16 if array.dtype.itemsize == 2 else np.int32)
+    return torch.from_numpy(signed if signed.flags.writeable else signed.copy()).view(dtype)
