@@ -139,7 +139,9 @@ def seal(
 def read_header(entry: SignedEntry) -> EntryHeader:
     """The header, decoded but not trusted. Raises MalformedMessage."""
     if len(entry.header) > MAX_HEADER_BYTES or len(entry.content or b"") > MAX_CONTENT_BYTES:
-        raise MalformedMessage("reading a log entry: header or content above its limit", field="header", reason="too large")
+        raise MalformedMessage(
+            "reading a log entry: header or content above its limit", field="header", reason="too large"
+        )
     try:
         header = _header_decoder.decode(entry.header)
     except (msgspec.MsgspecError, RecursionError) as error:

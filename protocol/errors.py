@@ -51,7 +51,14 @@ class MindstreamError(Exception):
     code: ClassVar[str] = "error"
 
     def __init__(
-        self, message: str, *, hint: str = "", field: str = "", reason: str = "", topic: str = "", type: str = ""
+        self,
+        message: str,
+        *,
+        hint: str = "",
+        field: str = "",
+        reason: str = "",
+        topic: str = "",
+        type: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message

@@ -38,7 +38,9 @@ def uuid7(time_ms: int | None = None) -> str:
 def uuid7_time_ms(identifier: str) -> int:
     """The Unix time in milliseconds inside a UUIDv7. Raises MalformedMessage for anything else."""
     if not UUID7_PATTERN.fullmatch(identifier):
-        raise MalformedMessage(f"reading the time of id {identifier[:60]!r}: not a UUIDv7", field="id", reason="not a UUIDv7")
+        raise MalformedMessage(
+            f"reading the time of id {identifier[:60]!r}: not a UUIDv7", field="id", reason="not a UUIDv7"
+        )
     return int(identifier[:8] + identifier[9:13], 16)
 
 

@@ -156,14 +156,19 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
     keyring.verify(manifest.creator, DOMAIN_MANIFEST, signed.manifest, signed.signature)
     if manifest.version != MANIFEST_VERSION:
         raise malformed("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
-    if any(not 0 < chunk.size_bytes <= MAX_CHUNK_BYTES or len(chunk.digest) != DIGEST_BYTES for chunk in manifest.chunks):
+    if any(
+        not 0 < chunk.size_bytes <= MAX_CHUNK_BYTES or len(chunk.digest) != DIGEST_BYTES for chunk in manifest.chunks
+    ):
         raise malformed("chunks", f"a chunk is empty or above {MAX_CHUNK_BYTES:,} bytes, or its digest is not 32 bytes")
     if manifest.total_bytes != sum(chunk.size_bytes for chunk in manifest.chunks):
         raise malformed("total_bytes", f"{manifest.total_bytes:,} is not the sum of the chunks")
     if manifest.total_bytes > MAX_SNAPSHOT_BYTES:
         raise malformed("total_bytes", f"{manifest.total_bytes:,}, limit {MAX_SNAPSHOT_BYTES:,}")
     if len(manifest.tokens) % 4 or len(manifest.tokens) // 4 != manifest.cached_tokens + 1:
-        raise malformed("tokens", f"{len(manifest.tokens)} bytes for {manifest.cached_tokens} cached tokens and a pending one")
+        raise malformed(
+            "tokens",
+            f"{len(manifest.tokens)} bytes for {manifest.cached_tokens} cached tokens and a pending one",
+        )
     return manifest
 
 

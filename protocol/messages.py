@@ -7,6 +7,7 @@ ignored; from the first release on a struct only grows (new fields have defaults
 
 from __future__ import annotations
 
+import builtins
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -407,7 +408,7 @@ class MessageRow:
     """One row: a type, its struct, and where it is said."""
 
     type: str
-    struct: type[msgspec.Struct]
+    struct: builtins.type[msgspec.Struct]
     topic: Topic
     max_bytes: int
     """Limit of the whole payload, at most the topic's."""
@@ -415,7 +416,12 @@ class MessageRow:
 
 
 def _row(
-    type: str, struct: type[msgspec.Struct], topic: Topic, *, max_bytes: int | None = None, ask: AskRow | None = None
+    type: str,
+    struct: type[msgspec.Struct],
+    topic: Topic,
+    *,
+    max_bytes: int | None = None,
+    ask: AskRow | None = None,
 ) -> MessageRow:
     return MessageRow(type, struct, topic, max_bytes or topic.max_bytes, ask)
 

@@ -58,7 +58,7 @@ class Topic:
                 out.append(level)
                 continue
             name = names.get(level[1:-1], "+" if wildcard else "")
-            if name != "+" and not NAME_PATTERN.fullmatch(name) or name == "+" and not wildcard:
+            if not (wildcard if name == "+" else NAME_PATTERN.fullmatch(name)):
                 raise WrongTopic(
                     f"making a topic of {self.pattern!r}: {level[1:-1]} {name[:80]!r} is not a name",
                     hint="use 1 to 63 of a-z, 0-9, '-' and '_'",
@@ -82,7 +82,12 @@ class ParsedTopic:
 
 
 STATE = Topic(
-    "state", "{node}/state", "whether the node is there: retained, and its will", 8 * KIB, retain=True, format="json"
+    "state",
+    "{node}/state",
+    "whether the node is there: retained, and its will",
+    8 * KIB,
+    retain=True,
+    format="json",
 )
 SERVICE_STATE = Topic(
     "service_state",
@@ -92,7 +97,9 @@ SERVICE_STATE = Topic(
     retain=True,
     format="json",
 )
-EVENT = Topic("event", "{node}/event/{service}", "what was dropped, lost or refused, and other things to know", 16 * KIB)
+EVENT = Topic(
+    "event", "{node}/event/{service}", "what was dropped, lost or refused, and other things to know", 16 * KIB
+)
 MEMORY_LOG = Topic("memory_log", "{node}/memory/log", "new entries of the node's own log", 1000 * KIB)
 MEMORY_HAVE = Topic(
     "memory_have", "{node}/memory/have", "digest of all the entries that the node holds", 1 * KIB, retain=True
@@ -101,7 +108,12 @@ RUN_TOKEN = Topic("run_token", "{node}/model/run/{run}/token", "tokens of a run 
 RUN_DONE = Topic("run_done", "{node}/model/run/{run}/done", "the end of a run, with its text and usage", 512 * KIB)
 SNAPSHOT_ANNOUNCE = Topic("snapshot_announce", "{node}/snapshot/announce", "a snapshot that the node holds", 8 * KIB)
 BLOB = Topic("blob", "{node}/blob/{transfer}", "chunks of a blob on the way to the one who pulled it", 516 * KIB)
-ASK = Topic("ask", "{node}/ask/{target}/{service}/{verb}", "a question or command to another node's service", 1000 * KIB)
+ASK = Topic(
+    "ask",
+    "{node}/ask/{target}/{service}/{verb}",
+    "a question or command to another node's service",
+    1000 * KIB,
+)
 REPLY = Topic("reply", "{node}/reply/{asker}/{client}", "the answer to an ask", 1000 * KIB)
 
 TOPICS: tuple[Topic, ...] = (

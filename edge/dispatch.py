@@ -1,0 +1,392 @@
+"""From a received packet to its handler, its answer and its acknowledgement.
+
+The network thread reads a packet here and puts it into the inbox; the handler thread takes runs from it, calls
+the handler, answers asks and settles the tickets. Asks are carried out once: a repetition is answered from the
+reply cache. What cannot be read is counted, said, and answered with an error where there is an asker.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+from paho.mqtt.client import topic_matches_sub
+
+from edge.counters import Counters, Events
+from edge.inbox import AckLedger, Inbox, Ticket
+from edge.replies import RUNNING, ReplyCache
+from protocol import codec, topics
+from protocol.codec import Received
+from protocol.errors import AskExpired, MessageTooLarge, MindstreamError, ProtocolError, to_wire
+from protocol.messages import MESSAGES, MessageRow, row_of
+from protocol.topics import ParsedTopic
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""How often a handler may fail on one message before it is a dead letter."""
+RUN_LENGTH = 256
+"""Messages that the handler thread takes from the inbox at once."""
+
+Reply = Any
+"""A struct, an error of the tree, a Deferred, or None."""
+
+
+class Deferred(Future[Any]):
+    """Returned by a handler that answers and acknowledges later: ``set_result`` or ``set_exception``."""
+
+
+class Speaker(Protocol):
+    """What the dispatcher needs of the bus: to send an encoded answer."""
+
+    source: str
+
+    def send_reply(self, asker: str, client: str, payload: bytes) -> None:
+        """Publish an answer in this node's branch. Raises an error of the tree."""
+
+
+@dataclass
+class Hearing:
+    """A handler and the messages it hears."""
+
+    row: MessageRow
+    handler: Callable[..., Any]
+    batch: int
+    names: dict[str, str]
+    """Levels of the topic that are fixed."""
+    filter: str
+    """MQTT filter to subscribe to."""
+
+
+@dataclass
+class Arrival:
+    """A message in the inbox, or in a handler's hands."""
+
+    ticket: Ticket
+    topic: str
+    payload: bytes
+    hearing: Hearing | None
+    message: Received | None
+    attempts: int = 0
+    watchers: list[Callable[[str, bytes], None]] = field(default_factory=list)
+
+
+def remaining_ms(message: Received) -> int:
+    """What is left of an ask's time to live, by this node's monotonic clock since its arrival."""
+    return message.ttl_ms - int((time.monotonic() - message.received_s) * 1000)
+
+
+class Dispatcher:
+    """Hearings, inbox, handler thread and answers of one bus connection.
+
+    Args:
+        node: this node's name, for asks that only its own services may make.
+        speaker: sends answers.
+        send_ack: sends one PUBACK.
+        resolve: takes an answer to an ask of ours; False when nobody waits for it.
+        limit: bound of the inbox.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        speaker: Speaker,
+        send_ack: Callable[[int], object],
+        resolve: Callable[[Received], bool],
+        counters: Counters,
+        events: Events,
+        limit: int,
+    ) -> None:
+        self._node = node
+        self._speaker = speaker
+        self._resolve = resolve
+        self._counters = counters
+        self._events = events
+        self.on_dead_letter: Callable[[str, bytes, BaseException, int], None] | None = None
+        self.ledger = AckLedger(send_ack)
+        self.inbox: Inbox[Arrival] = Inbox(limit)
+        self._hearings: dict[str, list[Hearing]] = defaultdict(list)
+        self._heard_topics = {topics.REPLY.name}
+        self._watchers: list[tuple[str, Callable[[str, bytes], None]]] = []
+        self._replies = ReplyCache()
+        self.thread = threading.Thread(target=self._run, name=f"{speaker.source} handlers", daemon=True)
+
+    # --- who hears what -----------------------------------------------------------------------------------
+
+    def hear(self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]) -> str:
+        """Add a hearing; the MQTT filter to subscribe to for it."""
+        row = row_of(struct)
+        if row.ask is not None:
+            names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
+        hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
+        self._hearings[row.type].append(hearing)
+        self._heard_topics.add(row.topic.name)
+        return hearing.filter
+
+    def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
+        """Add a raw watcher."""
+        self._watchers.append((filter, callback))
+
+    def filters(self) -> set[str]:
+        """Every MQTT filter that hearings and watchers need."""
+        heard = {hearing.filter for hearings in self._hearings.values() for hearing in hearings}
+        return heard | {filter for filter, _ in self._watchers}
+
+    # --- on the network thread ----------------------------------------------------------------------------
+
+    def receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None) -> None:
+        """Read one packet and put it where it belongs.
+
+        Args:
+            name: its topic; empty when that was not UTF-8.
+            packet_id: its MQTT packet id; 0 for QoS 0.
+            expiry_s: what the broker left of its message expiry, MQTT 5 only.
+        """
+        received_s = time.monotonic()
+        ticket = self.ledger.take(packet_id)
+        watchers = [callback for filter, callback in self._watchers if topic_matches_sub(filter, name)]
+        hearing, message = self._read(name, payload, received_s, expiry_s)
+        if hearing is None and not watchers:
+            self.ledger.settle(ticket)
+            return
+        arrival = Arrival(ticket, name, payload, hearing, message, 0, watchers)
+        if not self.inbox.offer(arrival, wait=packet_id > 0) and not packet_id:
+            self._counters.add("dropped.queue_full")
+        # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
+
+    def _read(
+        self, name: str, payload: bytes, received_s: float, expiry_s: int | None
+    ) -> tuple[Hearing | None, Received | None]:
+        try:
+            topic = topics.parse(name)
+        except ProtocolError as error:
+            if not self._watchers:
+                self._refuse(error, None, b"")
+            return None, None
+        if topic.topic.name not in self._heard_topics or (topic.topic.retain and not payload):
+            return None, None  # for a watcher alone, or a retained message being cleared
+        try:
+            message = codec.decode(topic, payload, received_s=received_s)
+        except ProtocolError as error:
+            self._refuse(error, topic, payload)
+            return None, None
+        if topic.topic is topics.REPLY:
+            if not self._resolve(message):
+                self._counters.add("late_replies")
+            return None, None
+        for hearing in self._hearings.get(message.type, ()):
+            if all(value == "+" or topic.names[level] == value for level, value in hearing.names.items()):
+                if expiry_s is not None and message.row.ask is not None:
+                    message.ttl_ms = min(message.ttl_ms, expiry_s * 1000)
+                return hearing, message
+        return None, None
+
+    def _refuse(self, error: ProtocolError, topic: ParsedTopic | None, payload: bytes) -> None:
+        """Count and say what could not be read, and tell an asker."""
+        self._counters.add(f"refused.{error.code}")
+        self._events.report("refused-message", "warning", f"{self._speaker.source}: {error}", error=to_wire(error))
+        if topic is not None and topic.topic is topics.ASK and (envelope := codec.peek(payload)) is not None:
+            self._reply(topic.node, envelope.reply_to, envelope.id, error, topic=topic.raw, type=envelope.type)
+
+    # --- on the handler thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self.inbox.closed:
+            arrivals = self.inbox.take(RUN_LENGTH, timeout_s=0.5)
+            self._events.flush()
+            start = 0
+            while start < len(arrivals):
+                hearing = arrivals[start].hearing
+                end = start + 1
+                if hearing is not None:
+                    last = min(len(arrivals), start + hearing.batch)
+                    while end < last and arrivals[end].hearing is hearing:
+                        end += 1
+                self._handle(arrivals[start:end])
+                start = end
+
+    def _handle(self, arrivals: list[Arrival]) -> None:
+        """Call watchers and the handler for a run of messages of one hearing, and settle each."""
+        for arrival in arrivals:
+            self._show(arrival)
+        hearing = arrivals[0].hearing
+        if hearing is None:
+            for arrival in arrivals:
+                self.ledger.settle(arrival.ticket)
+        elif hearing.row.ask is None:
+            self._call(hearing, arrivals)
+        elif live := [arrival for arrival in arrivals if self._may_answer(arrival)]:
+            self._call(hearing, live)
+
+    def _show(self, arrival: Arrival) -> None:
+        for watcher in arrival.watchers:
+            try:
+                watcher(arrival.topic, arrival.payload)
+            except Exception:
+                self._counters.add("failed.watcher")
+                log.exception("a watcher of %s failed on %s", self._speaker.source, arrival.topic)
+        arrival.watchers = []
+
+    def _call(self, hearing: Hearing, arrivals: list[Arrival]) -> None:
+        try:
+            results: Sequence[Reply]
+            if hearing.batch > 1:
+                results = hearing.handler([arrival.message for arrival in arrivals]) or [None] * len(arrivals)
+            else:
+                results = [hearing.handler(arrivals[0].message)]
+        except MindstreamError as error:
+            results = [error] * len(arrivals)
+        except Exception as error:  # noqa: BLE001 - a handler may break in any way; _failed logs, counts and says it
+            self._failed(hearing, arrivals, error)
+            return
+        self._counters.add("handled", len(arrivals))
+        for arrival, result in zip(arrivals, results, strict=True):
+            self._finish(arrival, result)
+
+    def _may_answer(self, arrival: Arrival) -> bool:
+        """Whether an ask is to be carried out: in time, allowed, and not done or under way already."""
+        message = arrival.message
+        assert message is not None
+        ask = message.row.ask
+        assert ask is not None
+        if not 0 < message.ttl_ms <= ask.ttl_max_ms:
+            error: MindstreamError = ProtocolError(
+                f"reading {message.type}: its time to live is {message.ttl_ms} ms, it must be 1 to {ask.ttl_max_ms}",
+                field="ttl_ms",
+                reason="missing or out of range",
+            )
+        elif remaining_ms(message) <= 0:
+            error = AskExpired(
+                f"carrying out {message.type}: its time to live ran out before it could be",
+                hint="ask again, with a longer time to live",
+                field="ttl_ms",
+                reason="expired",
+            )
+        elif ask.own_node_only and message.node != self._node:
+            error = ProtocolError(
+                f"carrying out {message.type}: only {self._node}'s own services may ask it, {message.node} did",
+                field="node",
+                reason="not allowed",
+            )
+        else:
+            known = self._replies.begin(message.id, message.ttl_ms)
+            if known is None:
+                return True
+            self._counters.add("duplicates")
+            if known is not RUNNING:
+                self._answer(arrival, message, known)
+            self.ledger.settle(arrival.ticket)
+            return False
+        self._counters.add(f"refused.{error.code}")
+        self._answer(arrival, message, error)
+        self.ledger.settle(arrival.ticket)
+        return False
+
+    def _finish(self, arrival: Arrival, result: Reply) -> None:
+        """Answer and acknowledge, now or when the Deferred is set."""
+        message = arrival.message
+        assert message is not None
+        if isinstance(result, Deferred):
+            result.add_done_callback(lambda future: self._finish_deferred(arrival, future))
+            return
+        if isinstance(result, MindstreamError):
+            self._counters.add(f"refused.{result.code}")
+        if message.row.ask is not None:
+            size_bytes = self._answer(arrival, message, result)
+            self._replies.finish(message.id, result, size_bytes)
+        elif isinstance(result, MindstreamError):
+            self._events.report(
+                "refused-message", "warning", f"{self._speaker.source}: {result}", error=to_wire(result)
+            )
+        self.ledger.settle(arrival.ticket)
+
+    def _finish_deferred(self, arrival: Arrival, future: Future[Any]) -> None:
+        error = future.exception()
+        if error is None:
+            self._finish(arrival, future.result())
+        else:
+            if not isinstance(error, MindstreamError):
+                log.error("a deferred answer of %s failed", self._speaker.source, exc_info=error)
+                self._counters.add("failed.handler")
+                error = self._unexpected(arrival, error)
+            self._finish(arrival, error)
+
+    def _unexpected(self, arrival: Arrival, error: BaseException) -> MindstreamError:
+        assert arrival.message is not None
+        return MindstreamError(
+            f"carrying out {arrival.message.type}: {to_wire(error).message}",
+            hint=f"the log of {self._speaker.source} has the details",
+        )
+
+    def _failed(self, hearing: Hearing, arrivals: list[Arrival], error: Exception) -> None:
+        """A handler broke. Of many, each is tried alone; an asker is told; others are tried again, then kept apart."""
+        if len(arrivals) > 1:
+            for arrival in arrivals:
+                self._call(hearing, [arrival])
+            return
+        arrival = arrivals[0]
+        message = arrival.message
+        assert message is not None
+        arrival.attempts += 1
+        self._counters.add("failed.handler")
+        log.exception("%s failed on %s (attempt %d)", self._speaker.source, message.type, arrival.attempts)
+        if message.row.ask is not None:
+            self._finish(arrival, self._unexpected(arrival, error))
+        elif arrival.attempts < ATTEMPTS:
+            self._call(hearing, arrivals)
+        else:
+            self._bury(arrival, message, error)
+
+    def _bury(self, arrival: Arrival, message: Received, error: Exception) -> None:
+        """Keep a message that nobody can handle apart, say so, and acknowledge it."""
+        self._counters.add("dead_letters")
+        if self.on_dead_letter is not None:
+            try:
+                self.on_dead_letter(arrival.topic, arrival.payload, error, arrival.attempts)
+            except MindstreamError as storage_error:
+                log.error("keeping a dead letter of %s: %s", arrival.topic, storage_error)
+        self._events.report(
+            "dead-letter",
+            "error",
+            f"{self._speaker.source}: {message.type} from {message.source} failed {arrival.attempts} times: {error}",
+            error=to_wire(error, topic=arrival.topic, type=message.type),
+        )
+        self.ledger.settle(arrival.ticket)
+
+    def _answer(self, arrival: Arrival, message: Received, result: Reply) -> int:
+        return self._reply(message.node, message.reply_to, message.id, result, topic=arrival.topic, type=message.type)
+
+    def _reply(self, asker: str, client: str, correlation: str, result: Reply, *, topic: str, type: str) -> int:
+        """Send one answer; its size in bytes. One that cannot be sent is counted: the asker asks again."""
+        try:
+            if isinstance(result, MindstreamError):
+                payload = self._encode_error(result, correlation, topic, type)
+            else:
+                ask = MESSAGES[type].ask
+                assert ask is not None
+                try:
+                    row = MESSAGES[ask.reply]
+                    payload = codec.encode(result, source=self._speaker.source, row=row, correlation=correlation)
+                except MessageTooLarge as error:
+                    payload = self._encode_error(error, correlation, topic, type)
+            self._speaker.send_reply(asker, client, payload)
+            return len(payload)
+        except MindstreamError as error:
+            self._counters.add("dropped.reply")
+            log.warning("answering %s of %s/%s: %s", type, asker, client, error)
+            return 0
+
+    def _encode_error(self, error: MindstreamError, correlation: str, topic: str, type: str) -> bytes:
+        return codec.encode(
+            to_wire(error, topic=topic, type=type),
+            source=self._speaker.source,
+            row=MESSAGES["error"],
+            correlation=correlation,
+        )
