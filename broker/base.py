@@ -28,8 +28,9 @@ MIB = 1024 * 1024
 MAX_PACKET_BYTES = MIB + 64 * 1024
 """Largest MQTT packet taken: the largest payload of the topic table (1 MiB) and room for topic and properties."""
 MAX_INFLIGHT = 100
-"""Unacknowledged QoS 1 messages on the way to one client. A client's queue must hold at least as many: rumqttd
-does not heed a smaller Receive Maximum, and a hundred hide 1 ms of round trip at 100,000 messages a second."""
+"""Unacknowledged QoS 1 messages on the way to one client: enough to hide 1 ms of round trip at 100,000 messages a
+second. A client's queue must hold at least as many: in rumqttd the number is fixed, and a smaller Receive Maximum is
+not heeded."""
 MAX_CONNECTIONS = 1_000
 """Connections at once: a node has some 20, the tests' largest fleet some 200; a runaway client stops here."""
 CONNECT_TIMEOUT_MS = 5_000
@@ -59,9 +60,7 @@ class Broker(ABC):
     death_signal: signal.Signals = signal.SIGKILL
     """What the child gets when this process dies."""
 
-    def __init__(
-        self, port: int | None = None, *, host: str = "127.0.0.1", log_path: Path | None = None
-    ) -> None:
+    def __init__(self, port: int | None = None, *, host: str = "127.0.0.1", log_path: Path | None = None) -> None:
         self.host = _loopback(host)
         self.log_path = log_path
         self._wanted_port = port
@@ -210,8 +209,8 @@ class Broker(ABC):
             except OSError as error:
                 raise _PortTaken(
                     f"starting the {self.kind} broker on {self.host}:{port}: {_why_not(port, error)}",
-                    hint=f"stop the program that has port {port} (`ss -ltnp 'sport = :{port}'` names it), or set another"
-                    " port in broker.url",
+                    hint=f"stop the program that has port {port} (`ss -ltnp 'sport = :{port}'` names it), or set"
+                    " another port in broker.url",
                     field="broker.url",
                     reason="port not available",
                 ) from error

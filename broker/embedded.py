@@ -1,10 +1,16 @@
 """The embedded broker: rumqttd from the ``iotcore`` wheel, MQTT 5, on loopback, in a child process.
 
-For trials, tests and a node that stands alone. What it is not: it keeps nothing through its own death, has no
-ACLs, serves MQTT 5 only on its port, refuses client ids with spaces and a keep-alive of 0, sends up to
-``MAX_INFLIGHT`` messages whatever Receive Maximum a client names, and lets the oldest of a session's waiting
-messages go when a topic filter's log is full. Devices run Mosquitto. ``python -m broker.embedded --port N`` is the
-child, and can be run by hand.
+For trials, tests and a node that stands alone; devices run Mosquitto. What a client must know of it:
+
+- It keeps nothing through its own death, has no ACLs, and serves MQTT 5 only on its port.
+- It refuses client ids with spaces and a keep-alive of 0.
+- It sends up to 100 unacknowledged messages whatever Receive Maximum a client names; and while a client holds that
+  many, it sends this client nothing else: no PUBACK, no SUBACK, no answer to a ping. A client that holds them for
+  longer than its keep-alive loses the connection, and a handler that waits for the bus before it acknowledges may
+  wait for itself.
+- It lets the oldest of a session's waiting messages go when a topic filter's log is full.
+
+``python -m broker.embedded --port N`` is the child, and can be run by hand.
 """
 
 from __future__ import annotations
