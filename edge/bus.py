@@ -182,14 +182,8 @@ class Bus:
             )
             self._paho.loop_start()
             self._dispatch.thread.start()
-        if timeout_s is not None and not self._subscribed.wait(timeout_s):
-            raise NotConnected(
-                f"connecting {self.source} to the broker at {self.url}: "
-                + (self._refusal or f"no answer in {timeout_s:g} s"),
-                hint="is the broker running there? `mindstream doctor` looks",
-                field="broker.url",
-                reason=self._refusal or "unreachable",
-            )
+        if timeout_s is not None:
+            self.wait_subscribed(timeout_s)
 
     def stop(self, *, goodbye: Sequence[tuple[msgspec.Struct, dict[str, str]]] = (), timeout_s: float = 5.0) -> None:
         """Say ``goodbye``, wait for what is under way, disconnect. What is not acknowledged comes again."""
@@ -353,17 +347,37 @@ class Bus:
 
     # --- hearing ------------------------------------------------------------------------------------------
 
-    def hear(self, struct: type[msgspec.Struct], handler: Callable[..., Any], *, batch: int = 1, **names: str) -> None:
+    def hear(
+        self, struct: type[msgspec.Struct], handler: Callable[..., Any], *, batch: int = 1, **names: str
+    ) -> Callable[[], None]:
         """Call ``handler`` for each message of ``struct``'s type; subscribe if connected already.
+
+        Returns a function that ends the hearing.
 
         Args:
             handler: takes one Received, or a list of up to ``batch`` when batch is above 1. For an ask it
                 returns the answer: a struct, an error of the tree, or a Deferred; for a batch a list of them.
             names: fix levels of the topic; any name otherwise. Asks to this node only, always.
         """
-        filter = self._dispatch.hear(struct, handler, batch, names)
+        hearing = self._dispatch.hear(struct, handler, batch, names)
         if self._started:
-            self._subscribe([filter])
+            self._subscribe([hearing.filter])
+
+        def stop_hearing() -> None:
+            self._dispatch.unhear(hearing)
+            if self._connected.is_set() and hearing.filter not in self._dispatch.filters():
+                self._paho.unsubscribe(hearing.filter)
+
+        return stop_hearing
+
+    def wait_subscribed(self, timeout_s: float) -> None:
+        """Wait until the broker has granted every subscription. Raises NotConnected."""
+        if not self._subscribed.wait(timeout_s):
+            raise NotConnected(
+                f"subscribing {self.source} at {self.url}: {self._refusal or f'no answer in {timeout_s:g} s'}",
+                hint="is the broker running there? `mindstream doctor` looks",
+                reason=self._refusal or "unreachable",
+            )
 
     def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
         """Call ``callback(topic, payload)`` with the raw bytes of all that matches an MQTT filter."""
@@ -466,8 +480,8 @@ class Bus:
             self._quick_ack()
 
     def _quick_ack(self) -> None:
-        """Send the TCP ACK that is due now: rumqttd leaves Nagle's algorithm on and would hold its next packet 40 ms."""
-        sock = self._paho.socket()
+        """Send the due TCP ACK now: rumqttd leaves Nagle's algorithm on and would hold its next packet 40 ms."""
+        sock: Any = self._paho.socket()
         if sock is not None and _QUICK_ACK is not None:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, _QUICK_ACK, 1)

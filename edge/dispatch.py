@@ -120,15 +120,21 @@ class Dispatcher:
 
     # --- who hears what -----------------------------------------------------------------------------------
 
-    def hear(self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]) -> str:
-        """Add a hearing; the MQTT filter to subscribe to for it."""
+    def hear(
+        self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]
+    ) -> Hearing:
+        """Add a hearing."""
         row = row_of(struct)
         if row.ask is not None:
             names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
         hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
         self._hearings[row.type].append(hearing)
         self._heard_topics.add(row.topic.name)
-        return hearing.filter
+        return hearing
+
+    def unhear(self, hearing: Hearing) -> None:
+        """Remove a hearing; what it has in the inbox is still handled."""
+        self._hearings[hearing.row.type].remove(hearing)
 
     def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
         """Add a raw watcher."""

@@ -1,0 +1,317 @@
+"""Snapshots on disk and on the way: content-addressed chunks, pulled by the receiver, verified one by one.
+
+A holder answers a pull with as many chunks as the receiver gave credit for, on ``blob/{transfer}``, over a
+connection of its own, so that tokens and memories do not wait behind them. The receiver says what it has (or
+expects) in a bitmap; chunks that do not come are asked for again. Every chunk is verified against the signed
+manifest and stored before it counts, so a cut transfer goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from edge.bus import Bus
+from edge.files import storage_errors, write_atomically
+from protocol.codec import Received
+from protocol.errors import AskExpired, BadSignature, BlobError, MindstreamError, NotFound
+from protocol.ids import uuid7
+from protocol.manifest import ChunkRef, SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
+from protocol.messages import BlobChunk, BlobPull, BlobPulling
+
+log = logging.getLogger(__name__)
+
+CREDIT_CHUNKS = 16
+"""Chunks under way to one receiver: 8 MiB, enough to keep a 1 Gbit/s link of 60 ms busy."""
+STALL_S = 2.0
+"""Chunks that were granted and have not come for this long are asked for again."""
+PULL_TTL_MS = 10_000
+SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
+
+
+class SnapshotStore:
+    """Signed manifests and their chunks in a folder. Whole or not there: the manifest is written last.
+
+    Args:
+        folder: made when absent.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._manifests = folder / "manifests"
+        self._chunks = folder / "chunks"
+        with storage_errors(f"making the snapshot folder {folder}"):
+            self._manifests.mkdir(parents=True, exist_ok=True)
+            self._chunks.mkdir(parents=True, exist_ok=True)
+
+    def save(self, signed: SignedManifest, refs: Sequence[ChunkRef], chunks: Sequence[bytes | memoryview]) -> str:
+        """Write chunks, then the manifest, each synced to disk; the snapshot's id. Raises StorageError."""
+        for ref, chunk in zip(refs, chunks, strict=True):
+            self.put_chunk(ref, chunk)
+        return self.put_manifest(signed)
+
+    def put_manifest(self, signed: SignedManifest) -> str:
+        """Write a manifest whose chunks are all here; its id. Raises StorageError."""
+        identifier = snapshot_id(signed)
+        write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
+        return identifier
+
+    def put_chunk(self, ref: ChunkRef, data: bytes | memoryview) -> None:
+        """Write one chunk unless it is here. Raises StorageError."""
+        path = self._chunk_path(ref)
+        if not path.exists():
+            write_atomically(path, data)
+
+    def manifest(self, identifier: str) -> SignedManifest:
+        """The signed manifest of a snapshot. Raises NotFound, or BlobError when the file is damaged."""
+        path = self._manifests / identifier
+        if not SNAPSHOT_ID.fullmatch(identifier) or not path.exists():
+            raise NotFound(
+                f"looking for snapshot {identifier[:64]}: this node does not hold it",
+                hint="it may have been removed; save it again where the conversation lives",
+                field="snapshot",
+            )
+        with storage_errors(f"reading {path}"):
+            body = path.read_bytes()
+        try:
+            signed = msgspec.msgpack.decode(body, type=SignedManifest)
+        except msgspec.MsgspecError as error:
+            raise BlobError(f"reading the manifest {path}: {error}", hint="remove it and save again") from None
+        if snapshot_id(signed) != identifier:
+            raise BlobError(f"reading the manifest {path}: its content is not what its name says", hint="remove it")
+        return signed
+
+    def has(self, ref: ChunkRef) -> bool:
+        """Whether a chunk is here."""
+        return self._chunk_path(ref).exists()
+
+    def chunk(self, ref: ChunkRef) -> bytes | None:
+        """A chunk's bytes, not verified; None when it is not here. Raises StorageError."""
+        path = self._chunk_path(ref)
+        with storage_errors(f"reading {path}"):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return None
+
+    def chunks(self, manifest: SnapshotManifest) -> list[bytes]:
+        """All chunks of a manifest, verified. Raises BlobError when one is missing or damaged."""
+        found = []
+        for index, ref in enumerate(manifest.chunks):
+            data = self.chunk(ref)
+            if data is None:
+                raise BlobError(f"reading chunk {index} of a snapshot: it is not here", hint="fetch the snapshot again")
+            verify_chunk(ref, data, index=index)
+            found.append(data)
+        return found
+
+    def drop_chunk(self, ref: ChunkRef) -> None:
+        """Remove a chunk that is damaged, so that it is fetched again."""
+        with contextlib.suppress(OSError):
+            self._chunk_path(ref).unlink()
+
+    def _chunk_path(self, ref: ChunkRef) -> Path:
+        return self._chunks / ref.digest.hex()
+
+
+def _bits(indexes: set[int], count: int) -> bytes:
+    bitmap = bytearray(-(-count // 8))
+    for index in indexes:
+        bitmap[index >> 3] |= 1 << (index & 7)
+    return bytes(bitmap)
+
+
+class BlobSender:
+    """Sends chunks that were pulled, on a connection of its own, in one thread.
+
+    Args:
+        store: where manifests and chunks are.
+        bus: the connection for chunks.
+        read_manifest: the decoded manifest of a snapshot id. Raises NotFound and others of the tree.
+    """
+
+    def __init__(self, store: SnapshotStore, bus: Bus, read_manifest: Callable[[str], SnapshotManifest]) -> None:
+        self._store = store
+        self._bus = bus
+        self._read_manifest = read_manifest
+        self._queue: deque[tuple[str, int, ChunkRef]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="blob sender", daemon=True)
+        self._thread.start()
+
+    def pull(self, message: Received) -> BlobPulling:
+        """Handle a pull: queue the chunks it has credit for. Raises NotFound."""
+        ask: BlobPull = message.data
+        refs = self._read_manifest(ask.snapshot).chunks
+        queued: list[tuple[str, int, ChunkRef]] = []
+        missing = []
+        for index, ref in enumerate(refs):
+            if len(queued) >= ask.credit:
+                break
+            if (index >> 3) < len(ask.have) and ask.have[index >> 3] & 1 << (index & 7):
+                continue
+            if not self._store.has(ref):
+                missing.append(index)
+            else:
+                queued.append((ask.transfer, index, ref))
+        with self._wake:
+            self._queue.extend(queued)
+            self._wake.notify()
+        return BlobPulling(sending=len(queued), missing=missing[:1024])
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._stopping:
+                    self._wake.wait()
+                if self._stopping:
+                    return
+                transfer, index, ref = self._queue.popleft()
+            try:
+                data = self._store.chunk(ref)
+                if data is not None:
+                    self._bus.say(BlobChunk(index=index, data=data), transfer=transfer, timeout_s=STALL_S)
+                    self._bus.counters.add("blob.sent_bytes", len(data))
+            except MindstreamError as error:
+                # The receiver asks again for what does not come.
+                self._bus.counters.add("dropped.blob_chunk")
+                log.warning("sending chunk %d of transfer %s: %s", index, transfer, error)
+
+
+class BlobReceiver:
+    """Pulls one snapshot's chunks from a holder into the store.
+
+    Args:
+        bus: for asking.
+        blob_bus: the connection for chunks.
+        on_progress: called with (bytes here, bytes in all) after each chunk.
+    """
+
+    def __init__(
+        self, bus: Bus, blob_bus: Bus, store: SnapshotStore, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._bus = bus
+        self._blob_bus = blob_bus
+        self._store = store
+        self._on_progress = on_progress
+
+    def pull(self, holder: str, identifier: str, manifest: SnapshotManifest, *, timeout_s: float = 600.0) -> int:
+        """Fetch what the store has not; the bytes that crossed the bus.
+
+        Raises BlobError when the holder has lost chunks or none comes for ``timeout_s`` in all, AskExpired when
+        it does not answer, StorageError.
+        """
+        refs = manifest.chunks
+        have = {i for i, ref in enumerate(refs) if self._store.has(ref)}
+        if len(have) == len(refs):
+            return 0
+        transfer = uuid7()
+        arrived: deque[Received] = deque()
+        wake = threading.Condition()
+
+        def take(message: Received) -> None:
+            with wake:
+                arrived.append(message)
+                wake.notify()
+
+        stop_hearing = self._blob_bus.hear(BlobChunk, take, node=holder, transfer=transfer)
+        try:
+            self._blob_bus.wait_subscribed(10.0)
+            return self._receive(holder, identifier, refs, have, transfer, arrived, wake, timeout_s)
+        finally:
+            stop_hearing()
+
+    def _receive(
+        self,
+        holder: str,
+        identifier: str,
+        refs: Sequence[ChunkRef],
+        have: set[int],
+        transfer: str,
+        arrived: deque[Received],
+        wake: threading.Condition,
+        timeout_s: float,
+    ) -> int:
+        received_bytes = 0
+        here_bytes = sum(refs[i].size_bytes for i in have)
+        total_bytes = sum(ref.size_bytes for ref in refs)
+        expected: set[int] = set()
+        deadline_s = time.monotonic() + timeout_s
+        last_chunk_s = time.monotonic()
+        while len(have) < len(refs):
+            now_s = time.monotonic()
+            if now_s > deadline_s:
+                raise BlobError(
+                    f"fetching snapshot {identifier[:12]} from {holder}: {len(have)} of {len(refs)} chunks "
+                    f"came in {timeout_s:g} s",
+                    hint="what came is kept: try again to go on",
+                    reason="too slow",
+                )
+            if expected and now_s - last_chunk_s > STALL_S:
+                self._bus.counters.add("blob.stalled")
+                expected.clear()
+            if len(expected) <= CREDIT_CHUNKS // 2 and len(have) + len(expected) < len(refs):
+                granted = self._grant(holder, identifier, transfer, have | expected, len(refs), len(expected))
+                expected |= granted
+                last_chunk_s = time.monotonic()
+            with wake:
+                if not arrived:
+                    wake.wait(0.25)
+                messages = [arrived.popleft() for _ in range(len(arrived))]
+            for message in messages:
+                chunk: BlobChunk = message.data
+                if chunk.index >= len(refs) or chunk.index in have:
+                    continue
+                expected.discard(chunk.index)
+                last_chunk_s = time.monotonic()
+                try:
+                    verify_chunk(refs[chunk.index], chunk.data, index=chunk.index)
+                except BadSignature as error:
+                    self._bus.counters.add("refused.blob_chunk")
+                    self._bus.events.report("bad-chunk", "warning", f"from {holder}: {error}")
+                    continue
+                self._store.put_chunk(refs[chunk.index], chunk.data)
+                have.add(chunk.index)
+                received_bytes += len(chunk.data)
+                here_bytes += len(chunk.data)
+                if self._on_progress is not None:
+                    self._on_progress(here_bytes, total_bytes)
+        return received_bytes
+
+    def _grant(
+        self, holder: str, identifier: str, transfer: str, skip: set[int], count: int, under_way: int
+    ) -> set[int]:
+        """Give credit for the next chunks; which they will be."""
+        credit = CREDIT_CHUNKS - under_way
+        message = BlobPull(snapshot=identifier, transfer=transfer, have=_bits(skip, count), credit=credit)
+        try:
+            answer: BlobPulling = self._bus.ask(holder, message, ttl_ms=PULL_TTL_MS)
+        except AskExpired as error:
+            raise BlobError(
+                f"fetching snapshot {identifier[:12]}: {holder} does not answer: {error.message}",
+                hint="what came is kept: try again when it is back",
+                reason="holder silent",
+            ) from error
+        if answer.missing:
+            raise BlobError(
+                f"fetching snapshot {identifier[:12]}: {holder} has lost {len(answer.missing)} of its chunks",
+                hint="save the conversation again",
+                reason="chunks missing",
+            )
+        wanted = (i for i in range(count) if i not in skip)
+        return {index for index, _ in zip(wanted, range(answer.sending), strict=False)}
