@@ -9,12 +9,14 @@ erased and the chain still verifies.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
 
 from protocol.errors import BadSignature, MalformedMessage
 from protocol.identity import DIGEST_BYTES, DOMAIN_ENTRY, Identity, Keyring, digest
+from protocol.ids import NAME_PATTERN, UUID7_PATTERN
 
 KIND_PUT = "memory.put"
 SCOPE_EVERYONE = "everyone"
@@ -24,6 +26,9 @@ GENESIS = bytes(DIGEST_BYTES)
 SALT_BYTES = 16
 MAX_HEADER_BYTES = 16 * 1024
 MAX_CONTENT_BYTES = 256 * 1024
+MAX_SEQ = 2**40 - 1
+MAX_HLC = 2**63 - 1
+"""What a signed 64-bit integer holds; the year 6429."""
 
 
 class Origin(NamedTuple):
@@ -146,13 +151,29 @@ def read_header(entry: SignedEntry) -> EntryHeader:
         header = _header_decoder.decode(entry.header)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise MalformedMessage(f"reading a log entry's header: {error}", field="header", reason=str(error)) from None
-    if header.seq < 1 or len(header.prev) != DIGEST_BYTES or len(header.content_digest) != DIGEST_BYTES:
+    for field, what in _out_of_range(header):
         raise MalformedMessage(
-            f"reading a log entry of {header.node!r}: seq {header.seq} or a digest's length is wrong",
-            field="seq" if header.seq < 1 else "prev",
-            reason="out of range",
+            f"reading a log entry of {header.node[:63]!r}: {field} {what}", field=field, reason="out of range"
         )
     return header
+
+
+def _out_of_range(header: EntryHeader) -> Iterator[tuple[str, str]]:
+    """Fields that no honest node writes, and that databases, vectors and topics could not carry on."""
+    for field in ("node", "scope"):
+        if not NAME_PATTERN.fullmatch(getattr(header, field)):
+            yield field, "is not a name"
+    if not UUID7_PATTERN.fullmatch(header.log_id):
+        yield "log_id", "is not a UUIDv7"
+    if not UUID7_PATTERN.fullmatch(header.id):
+        yield "id", "is not a UUIDv7"
+    if not 1 <= header.seq <= MAX_SEQ:
+        yield "seq", f"{header.seq} is not 1 to {MAX_SEQ}"
+    if not 0 <= header.hlc <= MAX_HLC:
+        yield "hlc", f"{header.hlc} is not 0 to {MAX_HLC}"
+    for field in ("prev", "content_digest"):
+        if len(getattr(header, field)) != DIGEST_BYTES:
+            yield field, f"is not of {DIGEST_BYTES} bytes"
 
 
 def verify(entry: SignedEntry, keyring: Keyring) -> EntryHeader:
@@ -162,7 +183,15 @@ def verify(entry: SignedEntry, keyring: Keyring) -> EntryHeader:
     """
     header = read_header(entry)
     keyring.verify(header.node, DOMAIN_ENTRY, entry.header, entry.signature)
-    if entry.content is not None and digest(entry.salt or b"", entry.content) != header.content_digest:
+    # A salt of another length would move the border between salt and content under the same digest.
+    if entry.salt is not None and len(entry.salt) != SALT_BYTES:
+        raise BadSignature(
+            f"checking entry {header.seq} of {header.node!r}: its salt has {len(entry.salt):,} bytes, not {SALT_BYTES}",
+            hint="the entry was changed on the way",
+            field="salt",
+            reason="digest mismatch",
+        )
+    if entry.content is not None and (entry.salt is None or digest(entry.salt, entry.content) != header.content_digest):
         raise BadSignature(
             f"checking entry {header.seq} of {header.node!r}: the content does not match its signed digest",
             hint="the content was changed on the way",
