@@ -15,8 +15,9 @@ from protocol.errors import InvalidPrompt, ModelUnavailable
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-_HELD_TOKENS = 4
-"""A character has at most four bytes and a token at least one: what is no text after so many never becomes text."""
+_HELD_TOKENS = 16
+"""A character has at most four bytes, but a token may end one and begin the next: what is no text after so many
+tokens never becomes text, and is given out as it is."""
 
 
 class Turn(NamedTuple):

@@ -6,6 +6,7 @@ both, so the whole state of a sampler is two integers, and a resumed run draws w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from protocol.errors import InvalidPrompt, SnapshotRefused
+from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
 from services.model_runner.engine import Logits
 
 _NUCLEUS_GUESS = 1024
 """Tokens looked at first for a nucleus: nearly always enough, and much cheaper than sorting a vocabulary."""
+
+_IMPOSSIBLE = -1e4
+"""Natural logarithm of no probability at all, and finite: a logit of -inf times its weight of 0 is no number."""
 
 
 class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,8 +76,16 @@ class Sampler:
         """Choose from ``logits``, float32 of shape (vocab_size,).
 
         ``context`` are the tokens that the repetition penalty counts as said; unused when it is off.
+        Raises ModelError when the logits are not numbers.
         """
-        shifted = logits - logits.max()
+        best = float(logits.max())
+        if not math.isfinite(best):
+            raise ModelError(
+                f"choosing a token: the model's logits are not numbers (largest: {best})",
+                hint="the computation overflowed: run the model in bfloat16 or float32, and check its files",
+                reason="logits not finite",
+            )
+        shifted = np.maximum(logits - best, _IMPOSSIBLE)
         weights = np.exp(shifted)
         total = float(weights.sum(dtype=np.float64))
         log_total = float(np.log(total))

@@ -162,6 +162,11 @@ class TransformersEngine(Engine):
         )
         self._warm_up()
 
+    @property
+    def device(self) -> str:
+        """Where it runs, in torch's words: ``cpu``, ``cuda:0``."""
+        return str(self._device)
+
     @classmethod
     def load(
         cls,

@@ -1,0 +1,63 @@
+"""The real model: it answers, it goes on over turns, and a handoff to another process is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.model import Options, run
+from services.model_runner.chat import ChatFormat
+from services.model_runner.generation import GenerationSettings, begin, extend, generate
+from services.model_runner.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> TransformersEngine:
+    return TransformersEngine.load(smollm2_path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chat(smollm2_path: Path) -> ChatFormat:
+    return ChatFormat.load(smollm2_path)
+
+
+def test_it_answers_and_a_second_turn_reads_only_what_is_new(smollm2: TransformersEngine, chat: ChatFormat) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    state = begin(smollm2, chat.prompt(messages), settings=GenerationSettings(max_new_tokens=24))
+    stream = chat.stream()
+    answer = "".join(stream.push(token.token) for token in generate(smollm2, state)) + stream.finish()
+    assert "Paris" in answer
+    assert state.finish_reason == "stop"
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And of Italy?"}]
+    turn = chat.next_turn(state.tokens, messages)
+    assert turn.extends
+    assert len(turn.tokens) < 20
+    held = state.cache.length
+    extend(smollm2, state, turn.tokens)
+    stream = chat.stream()
+    answer = "".join(stream.push(token.token) for token in generate(smollm2, state))
+    assert "Rome" in answer
+    assert state.timing.reused_tokens == held
+
+
+def test_the_spec_is_the_models(smollm2: TransformersEngine) -> None:
+    assert len(smollm2.spec.layers) == 30
+    assert {(layer.kind, layer.kv_heads, layer.head_dim) for layer in smollm2.spec.layers} == {("full", 3, 64)}
+    assert smollm2.spec.context_tokens == 8192
+    assert smollm2.spec.kv_bytes_per_token == 23_040
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_a_handoff_between_processes_is_exact(smollm2_path: Path) -> None:
+    lines: list[str] = []
+    figures = run(Options(smollm2_path, quick=True), lines.append)
+    assert figures["resume_token_match"] == 1.0
+    assert figures["resume_logit_match"] == 1.0
+    assert figures["resume_exact"] == 1.0
+    assert lines
+    assert {"machine", "versions", "baseline", "decode_ratio_vs_generate", "decode_4k_ratio_vs_generate"} <= set(
+        figures
+    )

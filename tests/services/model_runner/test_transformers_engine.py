@@ -1,0 +1,244 @@
+"""The transformers engine against the stock model, and its promises about caches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from protocol.errors import ContextOverflow, InvalidPrompt, ModelError, ModelUnavailable, SnapshotRefused
+from services.model_runner import transformers_engine
+from services.model_runner.digests import model_digests
+from services.model_runner.engine import PREFILL_CHUNK_TOKENS, chunk_ends
+from services.model_runner.transformers_engine import TransformersEngine
+
+TOKENS = [int(token) for token in np.random.default_rng(5).integers(0, 256, 1400)]
+
+
+def stock_logits(folder: Path, tokens: list[int], dtype: torch.dtype) -> np.ndarray:
+    """The stock model's logits at every position, without a cache: (tokens, vocabulary)."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].float().numpy()
+
+
+def load(folder: Path, dtype: str = "auto") -> TransformersEngine:
+    return TransformersEngine.load(folder, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 1, 39, 40, 41, 255, 256, 257, 700])
+def test_logits_in_float32_are_those_of_the_stock_model(small_model: Path, prompt_tokens: int) -> None:
+    engine = load(small_model, "float32")
+    cache = engine.new_cache(1024)
+    engine.prefill(cache, TOKENS[:prompt_tokens])
+    steps = 6
+    expected = stock_logits(small_model, TOKENS[: prompt_tokens + steps], torch.float32)[prompt_tokens:]
+    actual = np.stack([engine.step(cache, token) for token in TOKENS[prompt_tokens : prompt_tokens + steps]])
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+def test_logits_in_bfloat16_are_as_close_to_float32_as_the_stock_models(small_model: Path) -> None:
+    engine = load(small_model, "bfloat16")
+    cache = engine.new_cache(1024)
+    engine.prefill(cache, TOKENS[:400])
+    actual = np.stack([engine.step(cache, token) for token in TOKENS[400:416]])
+    exact = stock_logits(small_model, TOKENS[:416], torch.float32)[400:]
+    stock = stock_logits(small_model, TOKENS[:416], torch.bfloat16)[400:]
+    assert np.abs(actual - exact).mean() < 1.5 * np.abs(stock - exact).mean()
+
+
+def test_steps_past_many_windows_and_growths_stay_right(small_model: Path) -> None:
+    engine = load(small_model, "float32")
+    cache = engine.new_cache(2048)
+    engine.prefill(cache, TOKENS[:500])
+    logits = [engine.step(cache, token) for token in TOKENS[500:1100]]  # Grows past 512 and past 1,024 positions.
+    expected = stock_logits(small_model, TOKENS[:1100], torch.float32)[[500, 799, 1099]]
+    np.testing.assert_allclose(
+        np.stack([logits[0], logits[299], logits[599]]), expected, rtol=1e-4, atol=1e-4 * expected.std()
+    )
+
+
+def test_chunks_end_at_absolute_multiples() -> None:
+    assert chunk_ends(0, 600) == [256, 512, 600]
+    assert chunk_ends(100, 600) == [256, 512, 600]
+    assert chunk_ends(256, 512) == [512]
+    assert chunk_ends(5, 5) == []
+
+
+def test_a_prefill_cancelled_between_chunks_and_taken_up_again_is_bit_identical(small_model: Path) -> None:
+    engine = load(small_model)
+    whole, parts = engine.new_cache(1024), engine.new_cache(1024)
+    engine.prefill(whole, TOKENS[:700])
+    progress: list[tuple[int, int]] = []
+    read = engine.prefill(
+        parts, TOKENS[:700], lambda: parts.length >= PREFILL_CHUNK_TOKENS, lambda *at: progress.append(at)
+    )
+    assert (read, parts.length, progress) == (256, 256, [(256, 700)])
+    assert engine.prefill(parts, TOKENS[256:700]) == 444
+    np.testing.assert_array_equal(engine.step(whole, 9), engine.step(parts, 9))
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 39, 300, 700])
+def test_an_exported_cache_goes_on_bit_for_bit(small_model: Path, prompt_tokens: int) -> None:
+    engine = load(small_model)
+    cache = engine.new_cache(1400)
+    engine.prefill(cache, TOKENS[:prompt_tokens])
+    for token in TOKENS[:10]:
+        engine.step(cache, token)
+    layers = [
+        replace(layer, keys=layer.keys.copy(), values=layer.values.copy()) for layer in engine.export_layers(cache)
+    ]
+    for spec, layer in zip(engine.spec.layers, layers, strict=True):
+        held = prompt_tokens + 10 if spec.kind == "full" else min(prompt_tokens + 10, spec.window_tokens - 1)
+        assert layer.keys.shape == (spec.kv_heads, held, spec.head_dim)
+        assert layer.seen_tokens == prompt_tokens + 10
+    resumed = engine.import_layers(layers, 1400)
+    for token in TOKENS[:400]:  # Far enough to grow, and to move the windows along.
+        np.testing.assert_array_equal(engine.step(resumed, token), engine.step(cache, token))
+
+
+def test_two_caches_do_not_see_each_other(engine: TransformersEngine) -> None:
+    alone, first, second = (engine.new_cache(64) for _ in range(3))
+    expected = [engine.step(alone, token) for token in TOKENS[:20]]
+    for at, token in enumerate(TOKENS[:20]):
+        np.testing.assert_array_equal(engine.step(first, token), expected[at])
+        engine.step(second, TOKENS[500 + at])
+
+
+@pytest.mark.parametrize("bad", [-1, 259, 2**40])
+def test_a_token_outside_the_vocabulary_is_refused_and_named(engine: TransformersEngine, bad: int) -> None:
+    cache = engine.new_cache(64)
+    with pytest.raises(InvalidPrompt, match=f"token {bad} at position 2"):
+        engine.prefill(cache, [1, 2, bad])
+    assert cache.length == 0
+
+
+def test_more_tokens_than_the_context_are_refused_and_the_cache_stays_usable(engine: TransformersEngine) -> None:
+    cache = engine.new_cache(8)
+    with pytest.raises(ContextOverflow, match="9 positions"):
+        engine.prefill(cache, TOKENS[:9])
+    engine.prefill(cache, TOKENS[:8])
+    with pytest.raises(ContextOverflow):
+        engine.step(cache, 1)
+    with pytest.raises(ContextOverflow, match="context is 2,048"):
+        engine.new_cache(2049)
+
+
+def test_a_cache_of_another_model_is_refused(engine: TransformersEngine, small_models: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="another engine"):
+        engine.step(load(small_models["gemma3"]).new_cache(8), 1)
+
+
+def test_layers_that_do_not_fit_are_refused(engine: TransformersEngine) -> None:
+    cache = engine.new_cache(64)
+    engine.prefill(cache, TOKENS[:9])
+    layers = engine.export_layers(cache)
+    for damaged in (
+        layers[:-1],
+        [replace(layers[0], keys=layers[0].keys[:, :-1]), *layers[1:]],
+        [replace(layers[0], kind="sliding"), *layers[1:]],
+        [replace(layers[0], dtype="float64"), *layers[1:]],
+        [*layers[:-1], replace(layers[-1], seen_tokens=8)],
+    ):
+        with pytest.raises(SnapshotRefused):
+            engine.import_layers(damaged, 64)
+
+
+def test_a_failure_inside_the_model_spoils_only_that_cache(
+    small_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(small_models["llama"])
+    spoiled, other = engine.new_cache(64), engine.new_cache(64)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder.layers[2].mlp, "forward", fail)
+        with pytest.raises(ModelError, match="out of memory"):
+            engine.step(spoiled, 1)
+    with pytest.raises(ModelError, match="half written"):
+        engine.step(spoiled, 1)
+    assert engine.step(other, 1).shape == (engine.spec.vocab_size,)
+
+
+def test_a_real_allocation_failure_is_told_as_out_of_memory(engine: TransformersEngine) -> None:
+    with pytest.raises(ModelError, match="out of memory"), engine._memory_errors("growing the KV cache", 1):
+        torch.empty(2**59)
+
+
+def test_soft_capped_attention_is_refused_at_load(small_models: dict[str, Path], tmp_path: Path) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((small_models["llama"] / "tokenizer.json").read_bytes())
+    with pytest.raises(ModelUnavailable, match="soft-capped"):
+        load(tmp_path)
+
+
+def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="no safetensors weights"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelUnavailable, match="loading the model"):
+        load(tmp_path)
+
+
+def test_an_unknown_dtype_and_an_absent_gpu_are_refused(small_models: dict[str, Path]) -> None:
+    with pytest.raises(ModelUnavailable, match="no dtype"):
+        load(small_models["llama"], "float8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelUnavailable, match="no CUDA GPU"):
+            TransformersEngine.load(small_models["llama"], device="cuda")
+
+
+def test_the_dtype_comes_with_its_reason(engine: TransformersEngine) -> None:
+    assert engine.spec.dtype == "bfloat16"
+    assert "bytes of the weights" in engine.spec.dtype_reason
+    assert engine.fingerprint.dtype == "bfloat16"
+    assert engine.fingerprint.threads == torch.get_num_threads()
+    assert engine.spec.kv_bytes_per_token == 3 * 2 * 2 * 32 * 2
+
+
+def test_products_made_in_float32_are_those_of_bfloat16() -> None:
+    linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
+    upcast = transformers_engine._UpcastLinear(linear)
+    for rows in (1, 7, 8, 200):
+        x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            torch.testing.assert_close(upcast(x), linear(x), rtol=2**-7, atol=2**-8)
+
+
+def test_the_digest_of_weights_is_kept_until_the_file_changes(small_models: dict[str, Path], tmp_path: Path) -> None:
+    folder, cache_dir = tmp_path / "model", tmp_path / "digests"
+    folder.mkdir()
+    for file in small_models["llama"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    first = model_digests(folder, cache_dir=cache_dir)
+    assert model_digests(folder, cache_dir=cache_dir) == first == model_digests(small_models["llama"])
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    second = model_digests(folder, cache_dir=cache_dir)
+    assert second.weights != first.weights
+    assert (second.tokenizer, second.config) == (first.tokenizer, first.config)
+    next(cache_dir.iterdir()).write_bytes(b"{damaged")
+    assert model_digests(folder, cache_dir=cache_dir) == second
+
+
+def test_the_interface_and_all_but_the_engine_import_without_torch() -> None:
+    rooms = ["engine", "sampling", "generation", "snapshot", "chat", "digests"]
+    code = ";".join(f"import services.model_runner.{room}" for room in rooms)
+    code += ";import sys; assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
