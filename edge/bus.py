@@ -32,6 +32,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edge.asks import PendingAsks
 from edge.counters import Counters, Events
 from edge.dispatch import Deferred, Dispatcher
+from edge.journal import CommandJournal
 from edge.wire_properties import RequestProperties
 from protocol import codec, topics
 from protocol.codec import Received
@@ -99,8 +100,6 @@ class Bus:
         self.source = f"{node}/{client}"
         self.counters = Counters()
         self.events = Events(self._say_event, self.counters)
-        self.on_session_lost: Callable[[], None] | None = None
-        """Called when the broker had forgotten a durable session: what came meanwhile is lost to the bus."""
         self._queue_messages = queue_messages
         self._durable = durable_session
         self._asks = PendingAsks()
@@ -108,8 +107,10 @@ class Bus:
         self._stopping = False
         self._connected = threading.Event()
         self._subscribed = threading.Event()
-        self._connections = 0
-        self._refusal = ""
+        self.connections = 0
+        """Connections made so far: when it grows, the broker may have forgotten what was retained."""
+        self.refusal = ""
+        """Why the broker refused the last connection or subscription; empty when it did not."""
         self._unsubscribed: set[int] = set()
         self._window = threading.Condition(threading.Lock())
         self._window_limit = 20
@@ -214,14 +215,20 @@ class Bus:
         """Connected and subscribed at this moment."""
         return self._subscribed.is_set()
 
-    @property
-    def on_dead_letter(self) -> Callable[[str, bytes, BaseException, int], None] | None:
-        """Keeps a message whose handler failed three times: topic, payload, error, attempts."""
-        return self._dispatch.on_dead_letter
+    def keep_asks_in(self, journal: CommandJournal) -> None:
+        """Write durable asks and dead letters into ``journal``, and carry out what an earlier process left there.
 
-    @on_dead_letter.setter
-    def on_dead_letter(self, keep: Callable[[str, bytes, BaseException, int], None]) -> None:
-        self._dispatch.on_dead_letter = keep
+        Called once every hearing is there, before start(). Raises StorageError.
+        """
+        self._dispatch.durable_asks = journal
+        self._dispatch.on_dead_letter = journal.dead_letter
+        recovery = journal.unfinished()
+        for command in recovery.commands:
+            self._dispatch.again(command.topic, command.payload, command.ttl_ms)
+        for name, count in (("expired", recovery.expired), ("dead_letters", recovery.dead)):
+            if count:
+                self.counters.add(name, count)
+                log.warning("%s: %d commands of before the restart are %s", self.source, count, name.replace("_", " "))
 
     @property
     def queued(self) -> int:
@@ -374,9 +381,9 @@ class Bus:
         """Wait until the broker has granted every subscription. Raises NotConnected."""
         if not self._subscribed.wait(timeout_s):
             raise NotConnected(
-                f"subscribing {self.source} at {self.url}: {self._refusal or f'no answer in {timeout_s:g} s'}",
+                f"subscribing {self.source} at {self.url}: {self.refusal or f'no answer in {timeout_s:g} s'}",
                 hint="is the broker running there? `mindstream doctor` looks",
-                reason=self._refusal or "unreachable",
+                reason=self.refusal or "unreachable",
             )
 
     def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
@@ -407,18 +414,18 @@ class Bus:
         properties: Properties | None,
     ) -> None:
         if reason.is_failure:
-            self._refusal = f"the broker refused: {reason}"
-            log.warning("connecting %s to %s: %s", self.source, self.url, self._refusal)
+            self.refusal = f"the broker refused: {reason}"
+            log.warning("connecting %s to %s: %s", self.source, self.url, self.refusal)
             return
-        self._refusal = ""
-        self._connections = self._dispatch.ledger.open_connection()
+        self.refusal = ""
+        self.connections = self._dispatch.ledger.open_connection()
         granted = getattr(properties, "ReceiveMaximum", 65_535) if properties is not None else 65_535
         with self._window:
             self._window_limit = min(PUBLISH_WINDOW, granted)
             self._window.notify_all()
         self._connected.set()
         self._unsubscribed.clear()
-        if self._connections > 1:
+        if self.connections > 1:
             self.counters.add("reconnected")
             if self._durable and not flags.session_present:
                 self.events.report(
@@ -426,8 +433,6 @@ class Bus:
                     "warning",
                     f"{self.source}: the broker had forgotten this client's session; what came meanwhile is asked for",
                 )
-                if self.on_session_lost:
-                    self.on_session_lost()
         self._subscribe(self._filters())
         self._asks.resend()
 
@@ -450,9 +455,9 @@ class Bus:
     ) -> None:
         refused = [str(reason) for reason in reasons if reason.is_failure]
         if refused:
-            self._refusal = f"the broker refused a subscription: {', '.join(refused)}"
+            self.refusal = f"the broker refused a subscription: {', '.join(refused)}"
             self.counters.add("refused.subscription", len(refused))
-            self.events.report("subscription-refused", "error", f"{self.source}: {self._refusal}")
+            self.events.report("subscription-refused", "error", f"{self.source}: {self.refusal}")
         self._unsubscribed.discard(packet_id)
         if not self._unsubscribed and not refused:
             self._subscribed.set()

@@ -52,6 +52,16 @@ class Speaker(Protocol):
         """Publish an answer in this node's branch. Raises an error of the tree."""
 
 
+class DurableAsks(Protocol):
+    """Where durable asks are written down: edge.journal.CommandJournal."""
+
+    def accept(self, received: Received, payload: bytes, ttl_ms: int) -> str | bytes:
+        """``new``, ``running``, ``expired``, or the bytes of the answer that it had. Raises StorageError."""
+
+    def finish(self, received: Received, reply: bytes, *, failed: bool = False) -> None:
+        """Keep the answer. Raises StorageError."""
+
+
 @dataclass
 class Hearing:
     """A handler and the messages it hears."""
@@ -75,6 +85,8 @@ class Arrival:
     hearing: Hearing | None
     message: Received | None
     attempts: int = 0
+    journaled: bool = False
+    """A durable ask that is in the journal already."""
     watchers: list[Callable[[str, bytes], None]] = field(default_factory=list)
 
 
@@ -109,7 +121,8 @@ class Dispatcher:
         self._resolve = resolve
         self._counters = counters
         self._events = events
-        self.on_dead_letter: Callable[[str, bytes, BaseException, int], None] | None = None
+        self.on_dead_letter: Callable[[str, bytes, BaseException, int], object] | None = None
+        self.durable_asks: DurableAsks | None = None
         self.ledger = AckLedger(send_ack)
         self.inbox: Inbox[Arrival] = Inbox(limit)
         self._hearings: dict[str, list[Hearing]] = defaultdict(list)
@@ -140,6 +153,16 @@ class Dispatcher:
         """Add a raw watcher."""
         self._watchers.append((filter, callback))
 
+    def again(self, name: str, payload: bytes, ttl_ms: int) -> bool:
+        """Put a durable ask of an earlier process into the inbox; False when nobody here hears it any more."""
+        received_s = time.monotonic()
+        hearing, message = self._read(name, payload, received_s, None)
+        if hearing is None or message is None:
+            return False
+        message.ttl_ms = ttl_ms
+        arrival = Arrival(self.ledger.take(0), name, payload, hearing, message, journaled=True)
+        return self.inbox.offer(arrival, wait=False)
+
     def filters(self) -> set[str]:
         """Every MQTT filter that hearings and watchers need."""
         heard = {hearing.filter for hearings in self._hearings.values() for hearing in hearings}
@@ -162,7 +185,7 @@ class Dispatcher:
         if hearing is None and not watchers:
             self.ledger.settle(ticket)
             return
-        arrival = Arrival(ticket, name, payload, hearing, message, 0, watchers)
+        arrival = Arrival(ticket, name, payload, hearing, message, watchers=watchers)
         if not self.inbox.offer(arrival, wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")
         # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
@@ -282,16 +305,34 @@ class Dispatcher:
                 reason="not allowed",
             )
         else:
-            known = self._replies.begin(message.id, message.ttl_ms)
-            if known is None:
-                return True
-            self._counters.add("duplicates")
-            if known is not RUNNING:
-                self._answer(arrival, message, known)
-            self.ledger.settle(arrival.ticket)
-            return False
+            return self._is_new(arrival, message)
         self._counters.add(f"refused.{error.code}")
         self._answer(arrival, message, error)
+        self.ledger.settle(arrival.ticket)
+        return False
+
+    def _is_new(self, arrival: Arrival, message: Received) -> bool:
+        """Whether an ask comes for the first time; a repetition gets the answer that was given, or waits for it."""
+        known = self._replies.begin(message.id, message.ttl_ms)
+        if known is None and message.row.ask is not None and message.row.ask.durable and self.durable_asks is not None:
+            if not arrival.journaled:
+                try:
+                    verdict = self.durable_asks.accept(message, arrival.payload, remaining_ms(message))
+                except MindstreamError as error:
+                    self._finish(arrival, error)
+                    return False
+                if isinstance(verdict, bytes):
+                    self._send(message.node, message.reply_to, verdict, message.type)
+                if verdict != "new":
+                    known = RUNNING
+                arrival.journaled = True
+            # It is on the disk: the broker may forget it while it is being carried out.
+            self.ledger.settle(arrival.ticket)
+        if known is None:
+            return True
+        self._counters.add("duplicates")
+        if known is not RUNNING:
+            self._answer(arrival, message, known)
         self.ledger.settle(arrival.ticket)
         return False
 
@@ -367,32 +408,39 @@ class Dispatcher:
         self.ledger.settle(arrival.ticket)
 
     def _answer(self, arrival: Arrival, message: Received, result: Reply) -> int:
-        return self._reply(message.node, message.reply_to, message.id, result, topic=arrival.topic, type=message.type)
+        """Answer one ask, a durable one's answer being kept first; the answer's size in bytes."""
+        payload = self._encode(result, message.id, arrival.topic, message.type)
+        if arrival.journaled and self.durable_asks is not None:
+            try:
+                self.durable_asks.finish(message, payload, failed=isinstance(result, MindstreamError))
+            except MindstreamError as error:
+                # It will be carried out again after a restart; better than no answer now.
+                self._counters.add("dropped.journal")
+                log.error("keeping the answer to %s: %s", message.type, error)
+        self._send(message.node, message.reply_to, payload, message.type)
+        return len(payload)
 
-    def _reply(self, asker: str, client: str, correlation: str, result: Reply, *, topic: str, type: str) -> int:
-        """Send one answer; its size in bytes. One that cannot be sent is counted: the asker asks again."""
+    def _reply(
+        self, asker: str, client: str, correlation: str, error: MindstreamError, *, topic: str, type: str
+    ) -> None:
+        self._send(asker, client, self._encode(error, correlation, topic, type), type)
+
+    def _encode(self, result: Reply, correlation: str, topic: str, type: str) -> bytes:
+        if not isinstance(result, MindstreamError):
+            ask = MESSAGES[type].ask
+            assert ask is not None
+            try:
+                row = MESSAGES[ask.reply]
+                return codec.encode(result, source=self._speaker.source, row=row, correlation=correlation)
+            except MessageTooLarge as error:
+                result = error
+        info = to_wire(result, topic=topic, type=type)
+        return codec.encode(info, source=self._speaker.source, row=MESSAGES["error"], correlation=correlation)
+
+    def _send(self, asker: str, client: str, payload: bytes, type: str) -> None:
+        """Send one answer. One that cannot be sent is counted: the asker asks again."""
         try:
-            if isinstance(result, MindstreamError):
-                payload = self._encode_error(result, correlation, topic, type)
-            else:
-                ask = MESSAGES[type].ask
-                assert ask is not None
-                try:
-                    row = MESSAGES[ask.reply]
-                    payload = codec.encode(result, source=self._speaker.source, row=row, correlation=correlation)
-                except MessageTooLarge as error:
-                    payload = self._encode_error(error, correlation, topic, type)
             self._speaker.send_reply(asker, client, payload)
-            return len(payload)
         except MindstreamError as error:
             self._counters.add("dropped.reply")
             log.warning("answering %s of %s/%s: %s", type, asker, client, error)
-            return 0
-
-    def _encode_error(self, error: MindstreamError, correlation: str, topic: str, type: str) -> bytes:
-        return codec.encode(
-            to_wire(error, topic=topic, type=type),
-            source=self._speaker.source,
-            row=MESSAGES["error"],
-            correlation=correlation,
-        )

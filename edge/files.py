@@ -46,10 +46,10 @@ def write_atomically(path: Path, data: bytes | memoryview, *, mode: int = 0o600)
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                Path(temporary).unlink()
             raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -213,9 +213,9 @@ class ChatMessage(msgspec.Struct):
 
 
 class ModelGenerate(msgspec.Struct, omit_defaults=True):
-    """Let the model speak. Answered at once; tokens follow on the run's topics.
+    """Let the model speak. Answered when it has; its tokens come meanwhile on ``model/run/{run}/token``.
 
-    Without ``messages`` the conversation goes on from its pending token.
+    Without ``messages`` the conversation goes on from its pending token, with the sampler as it stands.
     """
 
     conversation: Name
@@ -234,15 +234,6 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     """Texts that end the answer; not part of it."""
     ignore_eos: bool = False
     """Go on past the end-of-sequence token: for measuring."""
-
-
-class RunAccepted(msgspec.Struct):
-    """The run is queued; its tokens come on ``model/run/{run}/token`` of the answering node."""
-
-    run: str
-    conversation: str
-    queued: int
-    """Runs before it."""
 
 
 class ModelCancel(msgspec.Struct):
@@ -331,8 +322,8 @@ class ModelResumed(msgspec.Struct):
 
     conversation: str
     how: str
-    """``exact`` (the KV cache as it was), ``foreign`` (the KV cache, computed under another numerics
-    fingerprint: close, not bit-equal) or ``recomputed`` (read again from its tokens)."""
+    """``exact`` (the KV cache as it was: what comes next is what would have come) or ``recomputed`` (read again
+    from its tokens, because weights or numerics differ)."""
     reason: str
     """Why it is so."""
     tokens: int
@@ -475,16 +466,16 @@ _ROWS: tuple[MessageRow, ...] = (
     ),
     _row("memory.merged", MemoryMerged, topics.REPLY, max_bytes=4 * KIB),
     # model
+    _row("model.token", RunToken, topics.RUN_TOKEN),
+    _row("model.done", RunDone, topics.RUN_DONE),
     _row(
         "model.generate",
         ModelGenerate,
         topics.ASK,
         max_bytes=1000 * KIB,
-        ask=AskRow("model_runner", "generate", "model.accepted", durable=True),
+        ask=AskRow("model_runner", "generate", "model.answer", ttl_max_ms=3_600_000, durable=True),
     ),
-    _row("model.accepted", RunAccepted, topics.REPLY, max_bytes=4 * KIB),
-    _row("model.token", RunToken, topics.RUN_TOKEN),
-    _row("model.done", RunDone, topics.RUN_DONE),
+    _row("model.answer", RunDone, topics.REPLY, max_bytes=512 * KIB),
     _row(
         "model.cancel",
         ModelCancel,

@@ -123,6 +123,9 @@ class Worker:
             self._wake.notify_all()
         return done
 
+    def _ending(self) -> bool:
+        return self._stopping
+
     # --- on the worker thread -------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -140,7 +143,7 @@ class Worker:
             with self._wake:
                 self._current = None
             # A run cut short by the end of the process stays in the journal: it is begun again.
-            if not (self._stopping and done.finish_reason == "cancelled"):
+            if done.finish_reason != "cancelled" or not self._ending():
                 run.done.set_result(done)
 
     def _load_with_backoff(self) -> Loaded | None:
@@ -189,8 +192,8 @@ class Worker:
         conversation = self._prepare(loaded, run.ask)
         state = conversation.state
         stream = loaded.chat.stream(run.ask.stop)
-        for token in state.tokens[conversation.turn_start :]:
-            stream.push(token)
+        for said in state.tokens[conversation.turn_start :]:
+            stream.push(said)
         before = len(stream.text)
         prompt_tokens = len(state.tokens)
         for token in generate(loaded.engine, state, should_stop=run.cancelled.is_set):

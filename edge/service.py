@@ -1,0 +1,268 @@
+"""What every service is made of: one process, one bus connection, handlers declared with ``@hears``.
+
+A service reads top to bottom: what it hears, what it does, what it says. ``python -m edge.service NAME`` runs one:
+it opens what it needs, subscribes, says ``ready``, and says every second how it is until SIGTERM. Long work
+belongs into a worker thread of the service's own; a handler that starts it returns a Deferred.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+
+from edge.bus import Bus
+from edge.config import Config, load_config
+from edge.db import open_database
+from edge.journal import JOURNAL, CommandJournal
+from edge.keys import Peers, load_or_create_identity
+from edge.process import die_with_parent
+from edge.service_table import SERVICES
+from protocol.errors import ConfigError, MindstreamError
+from protocol.identity import Identity
+from protocol.messages import ServiceState
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits.h: starting it again will not help until someone changes the configuration."""
+STATE_INTERVAL_S = 1.0
+STATE_REPEAT_S = 10.0
+"""An unchanged state is said again this often."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Hears:
+    """What ``@hears`` wrote on a method."""
+
+    struct: type[msgspec.Struct]
+    batch: int
+    names: dict[str, str]
+
+
+def hears(struct: type[msgspec.Struct], *, batch: int = 1, **names: str) -> Callable[[F], F]:
+    """Mark a method as the handler of ``struct``; see Bus.hear for what it takes and returns."""
+
+    def mark(method: F) -> F:
+        method.__hears__ = Hears(struct, batch, names)  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a service is given."""
+
+    config: Config
+    identity: Identity
+    peers: Peers
+    data_dir: Path
+    """The service's own folder."""
+    broker_url: str
+
+
+class Service:
+    """Base class. Subclasses set ``name``, mark handlers with ``@hears``, and override what they need.
+
+    The order of a life: ``__init__``, ``setup`` (open files; raise and it ends), subscribe, ``started`` (start
+    workers, say things), ``tick`` every second, ``teardown``.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config = context.config
+        self.node = context.identity.node
+        self.bus = self._open_bus(self.name, durable=True, with_will=True)
+        self._stop = threading.Event()
+        self._said: ServiceState | None = None
+        self._said_at_s = 0.0
+
+    # --- what a subclass overrides --------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Open databases and folders, before anything is heard. Raises an error of the tree to end the service."""
+
+    def started(self) -> None:
+        """Connected and subscribed for the first time."""
+
+    def reconnected(self) -> None:
+        """The connection is a new one: say again what should be retained, the broker may have lost it."""
+
+    def tick(self) -> None:
+        """Once a second, on the main thread."""
+
+    def teardown(self) -> None:
+        """Stop workers and close files; nothing is heard any more."""
+
+    def condition(self) -> tuple[str, str]:
+        """``ready`` or ``degraded`` or ``init``, and what it lacks."""
+        return "ready", ""
+
+    def details(self) -> dict[str, Any]:
+        """What `mindstream status` shows of it; plain JSON types."""
+        return {}
+
+    # --- life -----------------------------------------------------------------------------------------------
+
+    def open_bus(self, suffix: str) -> Bus:
+        """Another connection of this service, ``{service}-{suffix}``, for traffic that must not hold up the rest."""
+        return self._open_bus(f"{self.name}-{suffix}", durable=False, with_will=False)
+
+    def _open_bus(self, client: str, *, durable: bool, with_will: bool) -> Bus:
+        broker = self.config.broker
+        lost = ServiceState(state="lost", time_us=time.time_ns() // 1000, reason="its connection broke")
+        return Bus(
+            url=self.context.broker_url,
+            node=self.context.identity.node,
+            client=client,
+            username=broker.username,
+            password=broker.password(),
+            ca_file=broker.ca_file,
+            queue_messages=self.config.bus.queue_messages,
+            durable_session=durable,
+            will=(lost, {"service": self.name}) if with_will else None,
+        )
+
+    def hearings(self) -> list[tuple[Hears, Callable[..., Any]]]:
+        """Every handler of this service."""
+        methods = (getattr(self, name) for name in dir(type(self)) if not name.startswith("__"))
+        return [(method.__hears__, method) for method in methods if hasattr(method, "__hears__")]
+
+    def run(self) -> None:
+        """Live until ``stop``. Raises what ``setup`` raises."""
+        self.context.data_dir.mkdir(parents=True, exist_ok=True)
+        self.setup()
+        journal_db = open_database(self.context.data_dir / "journal.db", schema=JOURNAL)
+        journal = CommandJournal(journal_db)
+        for declared, method in self.hearings():
+            self.bus.hear(declared.struct, method, batch=declared.batch, **declared.names)
+        self.bus.keep_asks_in(journal)
+        try:
+            self.bus.start(timeout_s=None)
+            self._wait_for_broker()
+            if not self._stop.is_set():
+                self.started()
+                self.say_state()
+            purge_at_s = time.monotonic() + 60
+            connections = self.bus.connections
+            while not self._stop.wait(STATE_INTERVAL_S):
+                if self.bus.connections != connections:
+                    connections = self.bus.connections
+                    self._said = None
+                    self.reconnected()
+                self.tick()
+                self.say_state()
+                if time.monotonic() > purge_at_s:
+                    journal.purge()
+                    purge_at_s = time.monotonic() + 3600
+        finally:
+            gone = ServiceState(state="disconnected", time_us=time.time_ns() // 1000, pid=os.getpid())
+            self.bus.stop(goodbye=[(gone, {"service": self.name})])
+            self.teardown()
+            journal_db.close()
+
+    def stop(self) -> None:
+        """End ``run`` soon; safe in a signal handler."""
+        self._stop.set()
+
+    def _wait_for_broker(self) -> None:
+        """Wait, saying so now and then: the broker may come up after this node."""
+        patience_s, since_s = 5.0, time.monotonic()
+        while not self.bus.connected and not self._stop.wait(0.02):
+            if time.monotonic() - since_s > patience_s:
+                log.warning(
+                    "%s has waited %.0f s for its broker at %s%s",
+                    self.name,
+                    time.monotonic() - since_s,
+                    self.bus.url,
+                    f": {self.bus.refusal}" if self.bus.refusal else "",
+                )
+                patience_s *= 2
+
+    def say_state(self) -> None:
+        """Publish the service's state if it changed, or has not been said for a while."""
+        condition, reason = self.condition()
+        state = ServiceState(
+            state=condition,
+            time_us=0,
+            reason=reason,
+            pid=os.getpid(),
+            queue=self.bus.queued,
+            counters=self.bus.counters.snapshot(),
+            details=self.details(),
+        )
+        now_s = time.monotonic()
+        if (state == self._said and now_s - self._said_at_s < STATE_REPEAT_S) or not self.bus.connected:
+            return
+        self._said, self._said_at_s = state, now_s
+        try:
+            self.bus.say(
+                msgspec.structs.replace(state, time_us=time.time_ns() // 1000), service=self.name, timeout_s=1.0
+            )
+        except MindstreamError as error:
+            self._said = None
+            log.warning("%s could not say how it is: %s", self.name, error)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one service as a process; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m edge.service", description="Run one Mindstream service.")
+    parser.add_argument("name", choices=[row.name for row in SERVICES])
+    parser.add_argument("--config", type=Path, default=None, help="mindstream.toml")
+    parser.add_argument("--broker", default="", help="the broker's URL, in place of broker.url")
+    options = parser.parse_args(arguments)
+    die_with_parent()
+    try:
+        config = load_config(options.config)
+        logging.basicConfig(
+            level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+        )
+        broker_url = options.broker or config.broker.url
+        if not broker_url:
+            raise ConfigError(
+                f"starting {options.name} alone: broker.url is empty, and there is no supervisor to start a broker",
+                hint="use `mindstream up`, or set broker.url",
+                field="broker.url",
+            )
+        row = next(row for row in SERVICES if row.name == options.name)
+        service_class: type[Service] = getattr(importlib.import_module(row.module), row.class_name)
+        data_dir = config.node.folder()
+        service = service_class(
+            Context(
+                config=config,
+                identity=load_or_create_identity(data_dir, config.node.name),
+                peers=Peers(data_dir),
+                data_dir=data_dir / options.name,
+                broker_url=broker_url,
+            )
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        service.run()
+    except ConfigError as error:
+        print(f"{options.name}: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except MindstreamError as error:
+        print(f"{options.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""The model runner: conversations with a local model, and snapshots of them that other nodes go on from.
+
+It hears asks to generate, cancel, save and resume, and pulls of the snapshots it holds. It says tokens as they are
+generated, the end of each run, and the snapshots it has saved. All work on the model is the worker's; fetching a
+snapshot from another node has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
+from edge.bus import Deferred
+from edge.db import open_database
+from edge.models import ensure
+from edge.service import Context, Service, hears
+from protocol.codec import Received
+from protocol.errors import BadSignature, MindstreamError, ModelError, SnapshotRefused, from_wire
+from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest, seal_manifest, snapshot_id
+from protocol.messages import (
+    BlobPull,
+    BlobPulling,
+    ChatMessage,
+    ModelCancel,
+    ModelCancelled,
+    ModelGenerate,
+    ModelResume,
+    ModelResumed,
+    ModelSnapshot,
+    RunDone,
+    RunToken,
+    SnapshotAnnounce,
+    SnapshotManifestAsk,
+    SnapshotSaved,
+)
+from services.model_runner import snapshot
+from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations
+from services.model_runner.worker import Loaded, Run, Worker
+
+log = logging.getLogger(__name__)
+
+ASK_TTL_MS = 30_000
+TRANSFER_TIMEOUT_S = 540.0
+
+
+class ModelRunner(Service):
+    """One node's model."""
+
+    name = "model_runner"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.blob_bus = self.open_bus("blob")
+
+    def setup(self) -> None:
+        self.db = open_database(self.context.data_dir / "conversations.db", schema=CONVERSATIONS)
+        self.store = SnapshotStore(self.context.data_dir / "snapshots")
+        self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
+        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
+        self.worker = Worker(self._load, self._say_token)
+        self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
+
+    def started(self) -> None:
+        self.blob_bus.start(timeout_s=None)
+        self.worker.start()
+
+    def teardown(self) -> None:
+        self.worker.stop()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self.sender.stop()
+        self.blob_bus.stop()
+        self.db.close()
+
+    def condition(self) -> tuple[str, str]:
+        if self.worker.loaded is not None:
+            return "ready", ""
+        if self.worker.unavailable is not None:
+            return "degraded", str(self.worker.unavailable)
+        return "init", f"loading {self.config.model.name}"
+
+    def details(self) -> dict[str, Any]:
+        loaded, usage = self.worker.loaded, self.worker.last_usage
+        if loaded is None:
+            return {"model": self.config.model.name}
+        spec, numerics = loaded.engine.spec, loaded.engine.fingerprint
+        return {
+            "model": spec.name,
+            "engine": numerics.engine,
+            "device": numerics.device,
+            "dtype": spec.dtype,
+            "dtype_reason": spec.dtype_reason,
+            "queued": self.worker.queued,
+            **({"answering": self.worker.running} if self.worker.running else {}),
+            **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
+        }
+
+    def _load(self) -> Loaded:
+        """Find and load the model; torch is imported here and not before. Raises ModelUnavailable."""
+        settings = self.config.model
+        files = ensure(settings.name)
+        log.info("loading %s from %s", settings.name, files.folder)
+        from services.model_runner.chat import ChatFormat
+        from services.model_runner.transformers_engine import TransformersEngine
+
+        engine = TransformersEngine.load(
+            files.folder,
+            name=settings.name,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            cache_dir=self.context.data_dir,
+        )
+        context = min(settings.max_context_tokens or engine.spec.context_tokens, engine.spec.context_tokens)
+        conversations = Conversations(
+            self.db,
+            engine,
+            in_memory=settings.conversations_in_memory,
+            now_us=lambda: time.time_ns() // 1000,
+            on_evict=self._evicted,
+        )
+        return Loaded(engine, ChatFormat.load(files.folder), conversations, context)
+
+    def _evicted(self, name: str) -> None:
+        self.bus.counters.add("evicted.kv_cache")
+        self.bus.events.report(
+            "kv-cache-evicted", "info", f"conversation {name} left the memory; its next turn reads its tokens again"
+        )
+
+    # --- answering ------------------------------------------------------------------------------------------
+
+    @hears(ModelGenerate)
+    def generate(self, message: Received) -> Deferred:
+        """Queue a run; answered at its end, its tokens being said meanwhile."""
+        answer = Deferred()
+        identifier = message.data.run or message.id
+        run = Run(identifier, message.data, Future())
+        run.done.add_done_callback(lambda done: self._end_of_run(identifier, done, answer))
+        self.worker.submit(run)
+        return answer
+
+    @hears(ModelCancel)
+    def cancel(self, message: Received) -> ModelCancelled:
+        """Stop a run after its current token."""
+        return ModelCancelled(found=self.worker.cancel(message.data.run))
+
+    def _say_token(self, run: str, token: RunToken) -> None:
+        try:
+            self.bus.say(token, run=run, timeout_s=2.0)
+        except MindstreamError as error:
+            # The whole text stands in the run's end.
+            self.bus.counters.add("dropped.token")
+            log.warning("a token of run %s could not be said: %s", run, error)
+
+    def _end_of_run(self, identifier: str, done: Future[RunDone], answer: Deferred) -> None:
+        error = done.exception()
+        if error is not None:
+            answer.set_exception(error)
+            return
+        result = done.result()
+        self.bus.counters.add(f"runs.{result.finish_reason}")
+        try:
+            self.bus.say(result, run=identifier, timeout_s=2.0)
+        except MindstreamError as said:
+            self.bus.counters.add("dropped.done")
+            log.warning("the end of run %s could not be said: %s", identifier, said)
+        if result.error is not None:
+            answer.set_exception(from_wire(result.error))
+        else:
+            answer.set_result(result)
+
+    # --- saving ---------------------------------------------------------------------------------------------
+
+    @hears(ModelSnapshot)
+    def save(self, message: Received) -> Deferred:
+        """Save a conversation, between two tokens if it is being answered; answered when it is on disk."""
+        name = message.data.conversation
+        started_s = time.monotonic()
+
+        def write(loaded: Loaded) -> SnapshotSaved:
+            conversation = loaded.conversations.get(name)
+            state = conversation.state
+            if not state.prefilled:
+                snapshot.recompute(loaded.engine, state)
+            packed = snapshot.pack(
+                loaded.engine,
+                state,
+                conversation=name,
+                creator=self.node,
+                extra=msgspec.to_builtins(_Extra(conversation.messages, conversation.turn_start)),
+            )
+            signed = seal_manifest(self.context.identity, packed.manifest)
+            identifier = self.store.save(signed, packed.manifest.chunks, packed.chunks)
+            size_bytes = packed.manifest.total_bytes + len(signed.manifest)
+            model, tokens = packed.manifest.model, len(state.tokens)
+            self.bus.say(SnapshotAnnounce(identifier, name, model, tokens, size_bytes), timeout_s=5.0)
+            took_ms = (time.monotonic() - started_s) * 1000
+            return SnapshotSaved(identifier, name, model, tokens, size_bytes, took_ms)
+
+        return _deferred(self.worker.between_tokens(write))
+
+    @hears(SnapshotManifestAsk)
+    def manifest(self, message: Received) -> SignedManifest:
+        """The signed manifest of a snapshot that this node holds."""
+        return self.store.manifest(message.data.snapshot)
+
+    @hears(BlobPull)
+    def pull(self, message: Received) -> BlobPulling:
+        """Send chunks of a snapshot that this node holds."""
+        return self.sender.pull(message)
+
+    def _open_stored(self, identifier: str) -> SnapshotManifest:
+        return open_manifest(self.store.manifest(identifier), self.context.peers.keyring())
+
+    # --- resuming -------------------------------------------------------------------------------------------
+
+    @hears(ModelResume)
+    def resume(self, message: Received) -> Deferred:
+        """Fetch a snapshot and make a conversation of it; answered when its next token can be generated."""
+        if self.worker.unavailable is not None:
+            raise self.worker.unavailable
+        return _deferred(self._fetchers.submit(self._resume, message.data))
+
+    def _resume(self, ask: ModelResume) -> ModelResumed:
+        started_s = time.monotonic()
+        signed: SignedManifest
+        if ask.holder == self.node:
+            signed = self.store.manifest(ask.snapshot)
+        else:
+            signed = self.bus.ask(ask.holder, SnapshotManifestAsk(ask.snapshot), ttl_ms=ASK_TTL_MS)
+        if snapshot_id(signed) != ask.snapshot:
+            raise SnapshotRefused(
+                f"resuming snapshot {ask.snapshot[:12]}: the manifest that {ask.holder} sent is another one",
+                field="snapshot",
+                reason="digest mismatch",
+            )
+        manifest = open_manifest(signed, self.context.peers.keyring())
+        name = ask.conversation or manifest.conversation
+        # The engine may still be loading: wait for it on its own thread before anything is fetched.
+        reason = self.worker.between_tokens(lambda loaded: self._examine(loaded, manifest, name)).result()
+        fetched_bytes = len(signed.manifest)
+        if not reason:
+            fetched_bytes += self._fetch(ask, signed, manifest)
+        transferred_s = time.monotonic()
+        resumed = self.worker.between_tokens(lambda loaded: self._restore(loaded, manifest, name)).result()
+        return ModelResumed(
+            conversation=name,
+            how=resumed.how,
+            reason=resumed.reason,
+            tokens=manifest.cached_tokens + 1,
+            size_bytes=fetched_bytes,
+            transfer_ms=(transferred_s - started_s) * 1000,
+            restore_ms=(time.monotonic() - transferred_s) * 1000,
+        )
+
+    def _examine(self, loaded: Loaded, manifest: SnapshotManifest, name: str) -> str:
+        """Why the KV cannot be used and the tokens must be read again; empty when it can. Raises SnapshotRefused."""
+        refused = snapshot.refusal(loaded.engine, manifest)
+        if refused is not None:
+            raise refused
+        if self.worker.running == name:
+            raise ModelError(
+                f"resuming conversation {name!r}: one of that name is being answered here",
+                hint="wait for its end, cancel it, or give the resumed one another name",
+                field="conversation",
+                reason="busy",
+            )
+        return snapshot.why_not_exact(loaded.engine, manifest)
+
+    def _fetch(self, ask: ModelResume, signed: SignedManifest, manifest: SnapshotManifest) -> int:
+        """Bring every chunk into this node's store; the bytes that crossed the bus."""
+        fetched = 0
+        if ask.holder != self.node:
+            receiver = BlobReceiver(self.bus, self.blob_bus, self.store)
+            fetched = receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
+        self.store.put_manifest(signed)
+        return fetched
+
+    def _restore(self, loaded: Loaded, manifest: SnapshotManifest, name: str) -> snapshot.Unpacked:
+        exact = not snapshot.why_not_exact(loaded.engine, manifest)
+        try:
+            chunks = self.store.chunks(manifest) if exact else []
+        except BadSignature:
+            for ref in manifest.chunks:
+                self.store.drop_chunk(ref)
+            raise
+        resumed = snapshot.unpack(loaded.engine, manifest, chunks)
+        if not exact:
+            snapshot.recompute(loaded.engine, resumed.state)
+        messages, turn_start = _extra(manifest)
+        conversation = loaded.conversations.hold(Conversation(name, resumed.state, messages, turn_start))
+        loaded.conversations.save(conversation)
+        return resumed
+
+
+class _Extra(msgspec.Struct):
+    """What the runner keeps with a generation state in a snapshot."""
+
+    messages: list[ChatMessage]
+    turn_start: int
+
+
+def _extra(manifest: SnapshotManifest) -> tuple[list[ChatMessage], int]:
+    """Messages and start of the present answer. Raises SnapshotRefused when they are not what we wrote."""
+    try:
+        extra = msgspec.convert(snapshot.extra_of(manifest), _Extra)
+    except msgspec.ValidationError as error:
+        raise SnapshotRefused(f"resuming {manifest.conversation!r}: its messages: {error}", field="state") from None
+    return extra.messages, max(0, min(extra.turn_start, manifest.cached_tokens + 1))
+
+
+def _deferred(work: Future[Any]) -> Deferred:
+    """The outcome of ``work`` as an answer."""
+    answer = Deferred()
+
+    def copy(done: Future[Any]) -> None:
+        error = done.exception()
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(done.result())
+
+    work.add_done_callback(copy)
+    return answer

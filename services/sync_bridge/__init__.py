@@ -1,0 +1,1 @@
+"""The sync bridge: compares what nodes hold and fetches what is missing."""

@@ -1,0 +1,164 @@
+"""The sync bridge: compares what nodes hold, and fetches what this one has missed.
+
+It hears the digest that every node's memory store says. When another node's differs from ours for more than a
+moment, it asks both for their vectors and fetches, range by range, what the other holds and we do not, into this
+node's memory store. New entries come by themselves; this repairs what a broker, a crash or an absence lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from edge.service import Service, hears
+from protocol.codec import Received
+from protocol.errors import AskExpired, MindstreamError
+from protocol.messages import (
+    MemoryEntries,
+    MemoryHave,
+    MemoryMerge,
+    MemoryMerged,
+    MemoryRepair,
+    MemoryVector,
+    MemoryVectorAsk,
+    OriginHave,
+)
+
+log = logging.getLogger(__name__)
+
+SETTLE_S = 0.5
+"""A difference younger than this is new entries on their way, not a gap."""
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 30.0
+ASK_TTL_MS = 10_000
+RANGE_ENTRIES = 1_000
+"""Entries asked for at once; the answer is bounded in bytes as well."""
+
+
+@dataclass
+class _Peer:
+    """What is known of another node's memory."""
+
+    digest: bytes = b""
+    retry_s: float = RETRY_FIRST_S
+    next_s: float = 0.0
+    fetched: int = 0
+    waiting_for: str = ""
+    """Why the last comparison failed; empty when it did not."""
+
+
+class SyncBridge(Service):
+    """Keeps this node's memory in step with the others'."""
+
+    name = "sync_bridge"
+
+    def setup(self) -> None:
+        self._peers: dict[str, _Peer] = {}
+        self._own_digest = b""
+        self._changed = threading.Condition()
+        self._ending = False
+        self._worker = threading.Thread(target=self._run, name="sync worker", daemon=True)
+
+    def started(self) -> None:
+        self._worker.start()
+
+    def teardown(self) -> None:
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        if self._worker.is_alive():
+            self._worker.join(5.0)
+
+    def details(self) -> dict[str, Any]:
+        with self._changed:
+            return {
+                "peers": {
+                    name: {
+                        "in_step": peer.digest == self._own_digest,
+                        "fetched": peer.fetched,
+                        **({"waiting_for": peer.waiting_for} if peer.waiting_for else {}),
+                    }
+                    for name, peer in sorted(self._peers.items())
+                }
+            }
+
+    @hears(MemoryHave)
+    def have(self, message: Received) -> None:
+        """A node, perhaps this one, holds something new."""
+        with self._changed:
+            if message.node == self.node:
+                self._own_digest = message.data.digest
+            else:
+                peer = self._peers.setdefault(message.node, _Peer())
+                now_s = time.monotonic()
+                if peer.digest == self._own_digest:
+                    peer.next_s = now_s + SETTLE_S
+                else:
+                    peer.next_s = min(peer.next_s, now_s + RETRY_FIRST_S)
+                peer.digest = message.data.digest
+                peer.retry_s = RETRY_FIRST_S
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if self._ending:
+                    return
+                due = self._due()
+                if due is None:
+                    self._changed.wait(0.25)
+                    continue
+                name, peer = due
+            try:
+                fetched, offered = self._compare(name)
+                peer.fetched += fetched
+                peer.waiting_for = "" if fetched or not offered else "nothing of what it holds was accepted"
+                progress = fetched > 0 or not offered
+            except AskExpired as error:
+                progress, peer.waiting_for = False, error.message
+            except MindstreamError as error:
+                progress, peer.waiting_for = False, str(error)
+                self.bus.counters.add("failed.compare")
+                log.warning("comparing memories with %s: %s", name, error)
+            peer.retry_s = RETRY_FIRST_S if progress else min(RETRY_MAX_S, peer.retry_s * 2)
+            peer.next_s = time.monotonic() + peer.retry_s
+
+    def _due(self) -> tuple[str, _Peer] | None:
+        """The peer whose memory differs from ours and whose turn it is."""
+        now_s = time.monotonic()
+        for name, peer in self._peers.items():
+            if peer.digest != self._own_digest and now_s >= peer.next_s:
+                return name, peer
+        return None
+
+    def _compare(self, peer: str) -> tuple[int, int]:
+        """Fetch what ``peer`` holds and we do not: entries fetched, and entries that it had for us."""
+        theirs: MemoryVector = self.bus.ask(peer, MemoryVectorAsk(), ttl_ms=ASK_TTL_MS)
+        ours: MemoryVector = self.bus.ask(self.node, MemoryVectorAsk(), ttl_ms=ASK_TTL_MS)
+        held = {(have.node, have.scope, have.log_id): have.seq for have in ours.origins}
+        fetched = offered = 0
+        for origin in theirs.origins:
+            first = held.get((origin.node, origin.scope, origin.log_id), 0) + 1
+            if first <= origin.seq:
+                offered += origin.seq - first + 1
+                fetched += self._fetch(peer, origin, first)
+        return fetched, offered
+
+    def _fetch(self, peer: str, origin: OriginHave, first: int) -> int:
+        """Fetch one origin's entries from ``first`` on, as far as they are accepted; how many were new."""
+        fetched = 0
+        while first <= origin.seq and not self._ending:
+            last = min(origin.seq, first + RANGE_ENTRIES - 1)
+            ask = MemoryRepair(origin.node, origin.scope, origin.log_id, first, last)
+            found: MemoryEntries = self.bus.ask(peer, ask, ttl_ms=ASK_TTL_MS)
+            if not found.entries:
+                return fetched
+            merged: MemoryMerged = self.bus.ask(self.node, MemoryMerge(entries=found.entries), ttl_ms=ASK_TTL_MS)
+            self.bus.counters.add("repaired", merged.stored)
+            fetched += merged.stored
+            if merged.refused:
+                return fetched  # not trusted, or a fork: the store has said so
+            first += len(found.entries)
+        return fetched
