@@ -4,7 +4,9 @@ The configuration is valid on 2.0 and 2.1. It keeps sessions, retained and waiti
 at most the last second of them (``autosave_interval``), and nothing that the memory log would not repair.
 
 Mosquitto 2.0.11 (Debian 12) keeps to a client's Receive Maximum only until the first acknowledgement, and then sends
-all that waits: a client bounds its queue by not reading on, not by that number alone.
+all that waits: a client bounds its queue by not reading on, not by that number alone. And it does not save a session
+that began with Clean Start, whatever its expiry: a client that wants its session back after a crash of the broker
+connects with Clean Start 0 from the first time.
 """
 
 from __future__ import annotations

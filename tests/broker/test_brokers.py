@@ -244,15 +244,15 @@ def test_mosquitto_keeps_what_waits_for_a_session_through_a_kill(mosquitto_broke
     properties = mqtt.Properties(mqtt.PacketTypes.CONNECT)
     properties.SessionExpiryInterval = 3600
 
-    def connect(client: mqtt.Client, clean: bool) -> None:
-        client.connect(mosquitto_broker.host, mosquitto_broker.port, clean_start=clean, properties=properties)
+    def connect(client: mqtt.Client) -> None:
+        client.connect(mosquitto_broker.host, mosquitto_broker.port, clean_start=False, properties=properties)
         client.loop_start()
         wait_until(client.is_connected, "the client connects")
 
     away = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="away", protocol=mqtt.MQTTv5)
     subscribed = threading.Event()
     away.on_subscribe = lambda *_: subscribed.set()
-    connect(away, clean=True)
+    connect(away)
     away.subscribe("a/#", qos=1)
     assert subscribed.wait(DEADLINE_S)
     away.disconnect()
@@ -275,7 +275,7 @@ def test_mosquitto_keeps_what_waits_for_a_session_through_a_kill(mosquitto_broke
     mosquitto_broker.start()
     received: list[int] = []
     away.on_message = lambda _c, _u, message: received.append(int(message.payload))
-    connect(away, clean=False)
+    connect(away)
     wait_until(lambda: len(received) >= 1500, "what waited arrives")
     assert sorted(set(received)) == list(range(1500))
     away.disconnect()
