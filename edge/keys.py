@@ -1,0 +1,143 @@
+"""A node's key file and its table of trusted peers, in the node's data folder.
+
+``keys/node.key`` holds the 32-byte private key, readable by its owner alone. ``keys/peers.json`` maps node names to
+fingerprints; services read it again when it has changed, so that trust given by the CLI takes effect at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from edge.files import storage_errors, write_atomically
+from protocol.errors import StorageError, TrustError
+from protocol.identity import Identity, Keyring, public_key_of
+from protocol.ids import check_name
+
+SEED_BYTES = 32
+
+
+def _folder(data_dir: Path) -> Path:
+    folder = data_dir / "keys"
+    with storage_errors(f"making the key folder {folder}"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time among all processes of the node."""
+    with storage_errors(f"locking {folder}"):
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def load_or_create_identity(data_dir: Path, node: str) -> Identity:
+    """The identity of ``node``, made on first use. Raises StorageError, or TrustError for an unsafe key file."""
+    folder = _folder(data_dir)
+    path = folder / "node.key"
+    with _locked(folder):
+        if not path.exists():
+            identity = Identity.generate(node)
+            write_atomically(path, identity.seed)
+            return identity
+        with storage_errors(f"reading {path}"):
+            mode = path.stat().st_mode
+            seed = path.read_bytes()
+    if stat.S_IMODE(mode) & 0o077:
+        raise TrustError(
+            f"reading the key file {path}: others may read it (mode {stat.S_IMODE(mode):o})",
+            hint=f"chmod 600 {path}",
+            reason="unsafe mode",
+        )
+    if len(seed) != SEED_BYTES:
+        raise StorageError(
+            f"reading the key file {path}: {len(seed)} bytes, a key has {SEED_BYTES}",
+            hint="restore it from a backup; without it this node is a new one to its peers",
+            reason="damaged",
+        )
+    return Identity(node, seed)
+
+
+class Peers:
+    """The table of trusted peers of one node.
+
+    Args:
+        data_dir: the node's data folder.
+        own: this node's identity, which the keyring always holds.
+    """
+
+    def __init__(self, data_dir: Path, own: Identity) -> None:
+        self._folder = _folder(data_dir)
+        self._path = self._folder / "peers.json"
+        self._own = own
+        self._stamp: tuple[int, int] | None = None
+        self._keyring = Keyring({own.node: own.fingerprint})
+
+    def keyring(self) -> Keyring:
+        """This node's key and those it trusts; read again when the table has changed. Raises StorageError."""
+        with storage_errors(f"reading {self._path}"):
+            try:
+                found = self._path.stat()
+                stamp = (found.st_mtime_ns, found.st_ino)
+            except FileNotFoundError:
+                stamp = (0, 0)
+        if stamp != self._stamp:
+            self._keyring = Keyring({**self.table(), self._own.node: self._own.fingerprint})
+            self._stamp = stamp
+        return self._keyring
+
+    def table(self) -> dict[str, str]:
+        """Node name to fingerprint. Raises StorageError when the file is damaged."""
+        with storage_errors(f"reading {self._path}"):
+            try:
+                body = self._path.read_bytes()
+            except FileNotFoundError:
+                return {}
+        try:
+            return msgspec.json.decode(body, type=dict[str, str])
+        except msgspec.MsgspecError as error:
+            raise StorageError(
+                f"reading {self._path}: {error}", hint="mend the JSON, or remove it and trust again"
+            ) from None
+
+    def trust(self, node: str, fingerprint: str, *, replace: bool = False) -> None:
+        """Trust ``fingerprint`` as the key of ``node``.
+
+        Raises TrustError for a malformed one, or when another key is trusted under that name and ``replace`` is not
+        given; StorageError.
+        """
+        check_name(node, "node")
+        wanted = fingerprint.strip().lower()
+        public_key_of(wanted)
+        with _locked(self._folder):
+            table = self.table()
+            known = self._own.fingerprint if node == self._own.node else table.get(node, wanted)
+            if known != wanted and (not replace or node == self._own.node):
+                raise TrustError(
+                    f"trusting {wanted} as {node}: another key is trusted under that name: {known}",
+                    hint="compare both with `mindstream keys show` on that node, then use --replace",
+                    field="fingerprint",
+                    reason="other key",
+                )
+            table[node] = wanted
+            write_atomically(self._path, msgspec.json.format(msgspec.json.encode(table, order="sorted")) + b"\n")
+
+    def forget(self, node: str) -> bool:
+        """Trust ``node`` no longer; whether it was trusted. Raises StorageError."""
+        with _locked(self._folder):
+            table = self.table()
+            found = table.pop(node, None) is not None
+            if found:
+                write_atomically(self._path, msgspec.json.format(msgspec.json.encode(table, order="sorted")) + b"\n")
+            return found
