@@ -185,15 +185,20 @@ def open_database(
             writer.set_busy_timeout(busy_timeout_ms)
             _check_owner(writer, path, schema)
             _switch_to_wal(writer, busy_timeout_ms)
-            writer.execute(_PRAGMAS)
+            _run(writer, _PRAGMAS)
             _migrate(writer, path, schema)
             reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE, vfs=vfs)
             reader.set_busy_timeout(busy_timeout_ms)
-            reader.execute(_PRAGMAS + "PRAGMA query_only = ON")
+            _run(reader, _PRAGMAS + "PRAGMA query_only = ON")
     except BaseException:
         writer.close()
         raise
     return Database(path, schema, writer, reader, commit_delay_ms)
+
+
+def _run(connection: apsw.Connection, script: str) -> None:
+    """Run all statements of a script: execute() alone stops at the first that has a row to give."""
+    connection.execute(script).fetchall()
 
 
 def _make_folder(folder: Path) -> None:
@@ -251,7 +256,7 @@ def _migrate(connection: apsw.Connection, path: Path, schema: Schema) -> None:
             _check_owner(connection, path, schema)
             version = fetch_value(connection, "PRAGMA user_version")
             if version < len(schema.migrations):
-                connection.execute(schema.migrations[version])
+                _run(connection, schema.migrations[version])
                 connection.execute(f"PRAGMA user_version = {version + 1}")
                 connection.execute(f"PRAGMA application_id = {schema.application_id}")
             connection.execute("COMMIT")
