@@ -26,9 +26,9 @@ from edge.bus import Bus
 from edge.config import Config, load_config
 from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
+from edge.files import storage_errors
 from edge.keys import Peers, load_or_create_identity
-from edge.process import die_with_parent
-from edge.service_table import SERVICES
+from edge.service_table import BY_NAME
 from protocol.errors import ConfigError, MindstreamError
 from protocol.identity import Identity
 from protocol.messages import ServiceState
@@ -146,7 +146,8 @@ class Service:
 
     def run(self) -> None:
         """Live until ``stop``. Raises what ``setup`` raises."""
-        self.context.data_dir.mkdir(parents=True, exist_ok=True)
+        with storage_errors(f"making the folder {self.context.data_dir}"):
+            self.context.data_dir.mkdir(parents=True, exist_ok=True)
         self.setup()
         journal_db = open_database(self.context.data_dir / "journal.db", schema=JOURNAL)
         journal = CommandJournal(journal_db)
@@ -223,11 +224,10 @@ class Service:
 def main(arguments: list[str] | None = None) -> int:
     """Run one service as a process; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m edge.service", description="Run one Mindstream service.")
-    parser.add_argument("name", choices=[row.name for row in SERVICES])
+    parser.add_argument("name", choices=list(BY_NAME))
     parser.add_argument("--config", type=Path, default=None, help="mindstream.toml")
     parser.add_argument("--broker", default="", help="the broker's URL, in place of broker.url")
     options = parser.parse_args(arguments)
-    die_with_parent()
     try:
         config = load_config(options.config)
         logging.basicConfig(
@@ -240,14 +240,15 @@ def main(arguments: list[str] | None = None) -> int:
                 hint="use `mindstream up`, or set broker.url",
                 field="broker.url",
             )
-        row = next(row for row in SERVICES if row.name == options.name)
+        row = BY_NAME[options.name]
         service_class: type[Service] = getattr(importlib.import_module(row.module), row.class_name)
         data_dir = config.node.folder()
+        identity = load_or_create_identity(data_dir, config.node.name)
         service = service_class(
             Context(
                 config=config,
-                identity=load_or_create_identity(data_dir, config.node.name),
-                peers=Peers(data_dir),
+                identity=identity,
+                peers=Peers(data_dir, identity),
                 data_dir=data_dir / options.name,
                 broker_url=broker_url,
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,6 +39,8 @@ from services.memory_store.recall import recall
 
 log = logging.getLogger(__name__)
 
+LINGER_S = 0.003
+RETRY_S = 1.0
 HAVE_INTERVAL_S = 0.2
 """The digest is said at most this often."""
 RANGE_BYTES = 900 * 1024
@@ -142,18 +145,25 @@ class MemoryStore(Service):
     # --- what it says ---------------------------------------------------------------------------------------
 
     def _speak(self) -> None:
-        """Say new entries of our own, then the digest, whenever there is news."""
+        """Say new entries of our own as they are committed, and the digest now and then while it changes."""
+        have_due_s = time.monotonic()
+        pending = True
         while not self._ending:
-            self._news.wait()
+            wait_s = max(0.0, have_due_s - time.monotonic()) if pending else None
+            if self._news.wait(wait_s):
+                # Puts come in bursts: let one message carry those of a few milliseconds.
+                time.sleep(LINGER_S)
             self._news.clear()
             try:
                 self._say_new_entries()
-                self._say_have()
+                pending = True
+                if time.monotonic() >= have_due_s:
+                    self._say_have()
+                    pending = False
+                    have_due_s = time.monotonic() + HAVE_INTERVAL_S
             except MindstreamError as error:
                 log.warning("new memories are committed and not said yet: %s", error)
-                self._news.set()
-            if not self._ending:
-                threading.Event().wait(HAVE_INTERVAL_S if not self._news.is_set() else HAVE_INTERVAL_S / 4)
+                have_due_s = time.monotonic() + RETRY_S
 
     def _say_new_entries(self) -> None:
         while not self._ending:

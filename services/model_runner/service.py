@@ -11,6 +11,7 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -103,7 +104,7 @@ class ModelRunner(Service):
     def _load(self) -> Loaded:
         """Find and load the model; torch is imported here and not before. Raises ModelUnavailable."""
         settings = self.config.model
-        files = ensure(settings.name)
+        files = ensure(settings.name, folders=[Path(folder) for folder in settings.folders])
         log.info("loading %s from %s", settings.name, files.folder)
         from services.model_runner.chat import ChatFormat
         from services.model_runner.transformers_engine import TransformersEngine
