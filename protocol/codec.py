@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from protocol import messages
-from protocol.errors import MalformedMessage, MessageTooLarge, UnknownType, UnsupportedVersion, WrongTopic
+from protocol.errors import UNREADABLE, MalformedMessage, MessageTooLarge, UnknownType, UnsupportedVersion, WrongTopic
 from protocol.ids import uuid7
 from protocol.messages import MESSAGES, MessageRow
 from protocol.topics import ParsedTopic
@@ -46,15 +47,21 @@ class Envelope(msgspec.Struct, omit_defaults=True):
     """In an ask: how much longer it is worth carrying out; each hop subtracts what it took."""
 
 
+_Id = Annotated[str, Meta(min_length=1, max_length=64)]
+"""Ids become keys of journals and caches: a UUID, and room for another scheme, but no essay."""
+_Source = Annotated[str, Meta(min_length=1, max_length=127)]
+_ClientName = Annotated[str, Meta(max_length=63)]
+
+
 class _RawEnvelope(msgspec.Struct):
     v: int
-    id: str
-    type: str
-    source: str
+    id: _Id
+    type: Annotated[str, Meta(max_length=64)]
+    source: _Source
     time_us: int
     data: msgspec.Raw
-    correlation: str = ""
-    reply_to: str = ""
+    correlation: Annotated[str, Meta(max_length=64)] = ""
+    reply_to: _ClientName = ""
     ttl_ms: int = 0
 
 
@@ -154,7 +161,7 @@ def decode(topic: ParsedTopic, payload: bytes, *, received_s: float | None = Non
         return _decode_json(topic, payload, at_s)
     try:
         envelope = _envelope_decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         _check_version(payload, where)
         raise _malformed(where, "", error) from None
     if envelope.v != VERSION:
@@ -197,7 +204,7 @@ def decode(topic: ParsedTopic, payload: bytes, *, received_s: float | None = Non
         )
     try:
         data = _decoders[row.type].decode(envelope.data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _malformed(where, row.type, error) from None
     return Received(
         envelope.id,
@@ -218,7 +225,7 @@ def peek(payload: bytes) -> _RawEnvelope | None:
     """The envelope alone, its data undecoded; None when it cannot be read. For answering a bad ask."""
     try:
         return _envelope_decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError):
+    except UNREADABLE:
         return None
 
 
@@ -227,7 +234,7 @@ def _decode_json(topic: ParsedTopic, payload: bytes, at_s: float) -> Received:
     row = _json_rows[topic.topic.name]
     try:
         data = _json_decoders[topic.topic.name].decode(payload)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _malformed(where, row.type, error) from None
     source = f"{topic.node}/{topic.names.get('service', 'node')}"
     return Received("", row.type, source, 0, "", "", 0, data, row, topic, at_s)
@@ -236,12 +243,13 @@ def _decode_json(topic: ParsedTopic, payload: bytes, at_s: float) -> Received:
 def _check_version(payload: bytes, where: str) -> None:
     """Raises UnsupportedVersion when the payload is an envelope of another version, whatever else it holds."""
     try:
-        version: Any = msgspec.msgpack.decode(_version_decoder.decode(payload)["v"])
-    except (msgspec.MsgspecError, RecursionError, KeyError):
-        return
+        found = _version_decoder.decode(payload).get("v")
+        version = VERSION if found is None else msgspec.msgpack.decode(found, type=int)
+    except UNREADABLE:
+        return  # no number: the envelope's own error says so
     if version != VERSION:
         raise UnsupportedVersion(
-            f"reading a message on {where}: envelope version {str(version)[:40]}, this node speaks {VERSION}",
+            f"reading a message on {where}: envelope version {version}, this node speaks {VERSION}",
             hint="update the older node",
             topic=where,
             field="v",

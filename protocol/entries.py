@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from protocol.errors import BadSignature, MalformedMessage
+from protocol.errors import UNREADABLE, BadSignature, MalformedMessage
 from protocol.identity import DIGEST_BYTES, DOMAIN_ENTRY, Identity, Keyring, digest
 from protocol.ids import NAME_PATTERN, UUID7_PATTERN
 
@@ -149,7 +149,7 @@ def read_header(entry: SignedEntry) -> EntryHeader:
         )
     try:
         header = _header_decoder.decode(entry.header)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"reading a log entry's header: {error}", field="header", reason=str(error)) from None
     for field, what in _out_of_range(header):
         raise MalformedMessage(
@@ -207,5 +207,5 @@ def read_content(entry: SignedEntry) -> MemoryContent | None:
         return None
     try:
         return _content_decoder.decode(entry.content)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except UNREADABLE as error:
         raise MalformedMessage(f"reading a log entry's content: {error}", field="content", reason=str(error)) from None

@@ -179,6 +179,11 @@ class NotFound(MindstreamError):
     code = "not_found"
 
 
+UNREADABLE: tuple[type[Exception], ...] = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""All that msgspec raises over bytes from outside: UnicodeDecodeError, for a text that is not UTF-8, and
+RecursionError, for one nested too deep, are no MsgspecError."""
+
+
 class ErrorInfo(msgspec.Struct, omit_defaults=True):
     """An error as it crosses the bus: the data of message type ``error``."""
 

@@ -161,8 +161,8 @@ class Merger:
                     before = row.seq
                     forked = self._extend(connection, row, by_origin[origin], tally)
                     if origin.node == self._node:
-                        if row.published == before:
-                            row.published = row.seq  # it came from others: it has been published
+                        if row.seq > before:
+                            row.published = row.seq  # it came from others: all up to it has been published
                         broken |= origin.log_id == own_log_id and (forked or row.seq > before)
                     save_origin(connection, row)
                 save(connection)
