@@ -25,9 +25,10 @@ import msgspec
 from edge.bus import Bus
 from edge.config import Config, load_config
 from edge.db import open_database
-from edge.journal import JOURNAL, CommandJournal
 from edge.files import storage_errors
+from edge.journal import JOURNAL, CommandJournal
 from edge.keys import Peers, load_or_create_identity
+from edge.logs import set_up_logging
 from edge.service_table import BY_NAME
 from protocol.errors import ConfigError, MindstreamError
 from protocol.identity import Identity
@@ -230,9 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)
-        logging.basicConfig(
-            level=config.log.level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-        )
+        set_up_logging(config, options.name)
         broker_url = options.broker or config.broker.url
         if not broker_url:
             raise ConfigError(
