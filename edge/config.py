@@ -174,6 +174,17 @@ class LogConfig(msgspec.Struct, forbid_unknown_fields=True):
     level: Annotated[
         str, Meta(pattern="^(debug|info|warning|error)$", description="`debug`, `info`, `warning` or `error`.")
     ] = "info"
+    file_bytes: Annotated[
+        int,
+        Meta(
+            ge=10_000,
+            le=1_000_000_000,
+            description="Size at which a log file in `logs/` of the data folder is put aside, in bytes.",
+        ),
+    ] = 5_000_000
+    files: Annotated[
+        int, Meta(ge=1, le=100, description="Log files kept for each service, the current one included.")
+    ] = 3
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True):

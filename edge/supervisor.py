@@ -1,318 +1,532 @@
-"""The supervisor: `mindstream up`. Starts a node's broker and services, keeps them alive, ends them in order.
+"""The supervisor: one process that keeps a node's broker and services running.
 
-One supervisor a data folder. Every child dies with it, also when it is killed. A service that dies is started again
-with backoff; one that dies too often in a short time is stopped for good, loudly, while the others go on.
+It starts the embedded broker when none is configured, then every service at once; starts again what dies, with
+backoff; and when one service dies more often than the configuration allows, stops that one, loudly, while the others
+go on. It says on the bus how the node is. Children die with it, however it dies; SIGTERM ends them in the reverse
+order of the table, the broker last.
+
+``mindstream up`` and ``python -m edge.supervisor --config FILE`` run one.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker.child import spawn
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
-from edge.config import Config, load_config
-from edge.files import storage_errors
+from edge.config import Config, find_config, load_config
+from edge.files import storage_errors, write_atomically
 from edge.keys import load_or_create_identity
-from edge.logs import set_up_logging, version
-from edge.service import EXIT_CONFIG
-from edge.service_table import BY_NAME, missing_packages
+from edge.node_lock import NodeLock
+from edge.process import ChildProcess, RotatingLog, free_bytes, start_child
+from edge.service_table import BY_NAME, ServiceRow, missing_packages
+from edge.text import mindstream_version, printable
 from protocol.codec import Received
 from protocol.errors import BrokerError, ConfigError, MindstreamError, StorageError
-from protocol.messages import NodeState, ServiceState
+from protocol.messages import Event, NodeState, ServiceState
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
-STEADY_S = 30.0
-"""A service that has lived this long is restarted without waiting when it dies."""
+EXIT_CONFIG = 78
+"""EX_CONFIG of sysexits.h: a service that ends with it is not started again, nor is a supervisor by systemd."""
+TICK_S = 0.05
+STATE_REPEAT_S = 10.0
+"""An unchanged state of the node is said again this often."""
+MIN_FREE_BYTES = 16 * 1024 * 1024
+"""With less free space a node does not start: it could not keep what it promises to keep."""
+SETTLED = frozenset({"ready", "degraded"})
 
 
-@dataclass
-class _Child:
-    """One service's process."""
+def prefixed(name: str, text: str) -> str:
+    """A line of output with the name of the process that it comes from."""
+    return f"{name:>12} | {text}"
 
-    name: str
-    process: subprocess.Popen[bytes] | None = None
-    started_s: float = 0.0
-    next_start_s: float = 0.0
-    backoff_s: float = 0.0
-    restarts: deque[float] = field(default_factory=deque)
-    failed: str = ""
-    """Why it is not started any more; empty while it is."""
-    condition: str = "init"
-    """What it last said of itself."""
+
+class _Kept:
+    """One service under the supervisor's care."""
+
+    def __init__(self, row: ServiceRow, log_file: RotatingLog) -> None:
+        self.row = row
+        self.log_file = log_file
+        self.child: ChildProcess | None = None
+        self.start_at_s: float | None = 0.0
+        """When to start it, monotonic; None while it runs or once it is given up."""
+        self.deaths_s: deque[float] = deque()
+        self.state = "init"
+        """As the service says it itself, or ``failed`` once it is given up."""
+        self.failure = ""
+        """Why it was given up."""
+        self.started_s = 0.0
+        self.repeat_failure = False
 
 
 class Supervisor:
-    """Runs one node until ``stop``.
+    """Keeps one node running.
 
     Args:
         config: the node's configuration.
-        config_path: the file that the services read; None for the defaults.
-        on_ready: called once when every service is ready or has said what it lacks.
+        config_path: the file that it came from, for the services; None lets them look for it as this process did.
+        echo: pass on what children print, with their names before it, to stderr as well as to their log files.
     """
 
-    def __init__(self, config: Config, config_path: Path | None, on_ready: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: Config, *, config_path: Path | None = None, echo: bool = True) -> None:
         self.config = config
+        self.node = config.node.name
+        self.data_dir = config.node.folder()
+        self.broker_url = config.broker.url
+        self.ready = threading.Event()
+        """Set once every service is ready, or says itself why it is less than that, or is given up."""
         self._config_path = config_path
-        self._on_ready = on_ready
+        self._echo = echo
         self._stop = threading.Event()
-        self._children = {name: _Child(name) for name in config.services.names()}
+        self._hurry = threading.Event()
+        self._lock: NodeLock | None = None
         self._broker: EmbeddedBroker | None = None
-        self._broker_next_s = 0.0
-        self._broker_backoff_s = config.supervisor.backoff_first_s
+        self._broker_deaths = 0
+        self._broker_start_at_s = 0.0
         self._bus: Bus | None = None
-        self._said = ""
         self._connections = 0
+        self._fingerprint = ""
+        self._kept: list[_Kept] = []
+        self._state = "init"
+        self._said_at_s = 0.0
+        self._started_s = time.monotonic()
+        self._unsaid: deque[Event] = deque(maxlen=100)
 
-    def stop(self) -> None:
-        """End ``run`` soon; safe in a signal handler."""
-        self._stop.set()
+    # --- life ---------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Live until ``stop``. Raises StorageError, BrokerError, ConfigError or TrustError when it cannot start."""
-        self._check_services()
-        data_dir = self.config.node.folder()
-        with contextlib.ExitStack() as cleanup:
-            cleanup.enter_context(_only_one(data_dir))
-            identity = load_or_create_identity(data_dir, self.config.node.name)
-            url = self.config.broker.url
-            if not url:
-                self._broker = EmbeddedBroker(self.config.broker.port or None)
-                self._broker.start()
-                cleanup.callback(self._broker.stop)
-                url = self._broker.url
-            self._url = url
-            broker = self.config.broker
-            lost = NodeState(state="lost", time_us=time.time_ns() // 1000, fingerprint=identity.fingerprint)
-            self._bus = Bus(
-                url=url,
-                node=identity.node,
-                client="supervisor",
-                username=broker.username,
-                password=broker.password(),
-                ca_file=broker.ca_file,
-                queue_messages=self.config.bus.queue_messages,
-                will=(lost, {}),
-            )
-            self._fingerprint = identity.fingerprint
-            self._bus.hear(ServiceState, self._hear_state, node=identity.node)
-            self._bus.start(timeout_s=None)
-            cleanup.callback(self._goodbye, self._bus)
-            cleanup.callback(self._stop_services)
-            log.info("node %s in %s, broker %s", identity.node, data_dir, url)
-            while not self._stop.is_set():
-                self._keep_broker()
-                for child in self._children.values():
-                    self._keep(child)
+        """Run until stop(). Raises ConfigError, StorageError or BrokerError when the node cannot start."""
+        self._started_s = time.monotonic()
+        try:
+            self._prepare_folder()
+            self._lock = NodeLock(self.data_dir)
+            self._fingerprint = load_or_create_identity(self.data_dir, self.node).fingerprint
+            self._start_broker()
+            self._lock.announce(self.node, self.broker_url)
+            self._open_bus()
+            self._choose_services()
+            patience_s = 3.0
+            while not self._stop.wait(TICK_S if self._kept else 0):
+                self._look_after_broker()
+                for kept in self._kept:
+                    self._look_after(kept)
                 self._say_state()
-                self._stop.wait(POLL_S)
+                self._say_events()
+                patience_s = self._complain_of_broker(patience_s)
+        finally:
+            self._end()
 
-    # --- services -------------------------------------------------------------------------------------------
+    def stop(self) -> None:
+        """End run() soon; a second call does not wait for services to end well. Safe in a signal handler."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
 
-    def _check_services(self) -> None:
-        for name in self._children:
-            row = BY_NAME[name]
-            missing = missing_packages(row)
-            if missing:
-                raise ConfigError(
-                    f"starting {name}: the packages {', '.join(missing)} are not installed",
-                    hint=f"install mindstream[{row.extra}], or leave {name} out of services.enabled",
-                    field="services.enabled",
-                )
+    def services(self) -> dict[str, str]:
+        """Name to state of every service that it was told to keep."""
+        return {kept.row.name: kept.state for kept in self._kept}
 
-    def _keep(self, child: _Child) -> None:
-        """Start a service that does not run, unless it has failed for good."""
-        now_s = time.monotonic()
-        if child.process is not None:
-            code = child.process.poll()
-            if code is None:
-                return
-            child.process = None
-            self._ended(child, code, now_s)
-        if not child.failed and now_s >= child.next_start_s:
-            command = [sys.executable, "-m", "edge.service", child.name, "--broker", self._url]
-            if self._config_path is not None:
-                command += ["--config", str(self._config_path)]
-            try:
-                child.process = spawn(command)
-            except OSError as error:
-                self._ended(child, -1, now_s, reason=str(error))
-                return
-            child.started_s = now_s
-            child.condition = "init"
+    def pids(self) -> dict[str, int]:
+        """Name to process id of every child that runs, the embedded broker included."""
+        found = {kept.row.name: kept.child.pid for kept in self._kept if kept.child is not None}
+        if self._broker is not None and self._broker.pid is not None:
+            found["broker"] = self._broker.pid
+        return found
 
-    def _ended(self, child: _Child, code: int, now_s: float, reason: str = "") -> None:
-        settings = self.config.supervisor
-        how = reason or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
-        while child.restarts and now_s - child.restarts[0] > settings.restart_window_s:
-            child.restarts.popleft()
-        if code == EXIT_CONFIG:
-            self._fail(child, f"its configuration is wrong ({how}); its log says what")
-        elif len(child.restarts) >= settings.restart_limit:
-            self._fail(
-                child,
-                f"it ended {len(child.restarts) + 1} times in {settings.restart_window_s:g} s, at last with {how}; "
-                f"its log is {self.config.node.folder() / 'logs' / (child.name + '.log')}",
-            )
-        else:
-            steady = now_s - child.started_s > STEADY_S or not child.backoff_s
-            child.backoff_s = settings.backoff_first_s if steady else min(settings.backoff_max_s, child.backoff_s * 2)
-            child.restarts.append(now_s)
-            child.next_start_s = now_s + child.backoff_s
-            self._report("service-restarted", "warning", f"{child.name} ended with {how}; it is started again")
+    def _end(self) -> None:
+        if self._kept:
+            log.info("stopping %s", self.node)
+        for kept in reversed(self._kept):
+            if kept.child is not None:
+                self._end_service(kept, kept.child)
+        if self._bus is not None:
+            self._say_events()
+            gone = NodeState(state="disconnected", time_us=_now_us(), fingerprint=self._fingerprint)
+            self._bus.stop(goodbye=[(gone, {})], timeout_s=2.0)
+        if self._broker is not None:
+            self._broker.stop()
+        for kept in self._kept:
+            kept.log_file.close()
+        if self._lock is not None:
+            self._lock.release()
 
-    def _fail(self, child: _Child, reason: str) -> None:
-        """Stop one service for good, loudly."""
-        child.failed, child.condition = reason, "failed"
-        self._report("service-stopped", "error", f"{child.name} is stopped: {reason}")
-        assert self._bus is not None
-        try:
-            state = ServiceState(state="failed", time_us=time.time_ns() // 1000, reason=reason)
-            self._bus.say(state, service=child.name, timeout_s=1.0)
-        except MindstreamError as error:
-            log.warning("the state of %s could not be said: %s", child.name, error)
-
-    def _hear_state(self, message: Received) -> None:
-        child = self._children.get(message.topic.names["service"])
-        if child is None or child.failed:
-            return
-        state: ServiceState = message.data
-        if child.process is not None and state.pid in (child.process.pid, 0):
-            child.condition = state.state if state.pid else child.condition
-
-    def _stop_services(self) -> None:
-        """SIGTERM to each, the last started first; SIGKILL to what does not end in time."""
-        alive = [c.process for c in reversed(list(self._children.values())) if c.process is not None]
-        for process in alive:
-            process.terminate()
+    def _end_service(self, kept: _Kept, child: ChildProcess) -> None:
+        child.terminate()
         deadline_s = time.monotonic() + self.config.supervisor.stop_timeout_s
-        for process in alive:
-            try:
-                process.wait(max(0.1, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("process %d does not end: it is killed", process.pid)
-                process.kill()
-                process.wait()
+        while child.wait(0.05) is None:
+            if self._hurry.is_set() or time.monotonic() > deadline_s:
+                log.warning("%s did not stop when asked to: killed", kept.row.name)
+                break
+        child.wait_or_kill(0)
+        kept.child = None
 
-    # --- broker and state -----------------------------------------------------------------------------------
+    # --- the start ----------------------------------------------------------------------------------------
 
-    def _keep_broker(self) -> None:
-        """Start the embedded broker again, on the same port, when it has died."""
-        broker = self._broker
-        now_s = time.monotonic()
-        if broker is None or broker.alive or now_s < self._broker_next_s:
+    def _prepare_folder(self) -> None:
+        with storage_errors(f"making the data folder {self.data_dir}"):
+            (self.data_dir / "logs").mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Asked for, not only looked at: root may write where the mode says no, and nobody on a read-only file system.
+        write_atomically(self.data_dir / ".writable", b"")
+        free = free_bytes(self.data_dir)
+        if free < MIN_FREE_BYTES:
+            raise StorageError(
+                f"starting in {self.data_dir}: {free / 1e6:.1f} MB are free there, a node needs"
+                f" {MIN_FREE_BYTES / 1e6:.0f}",
+                hint="free some space on that disk, or set node.data_dir to another",
+                field="node.data_dir",
+                reason="disk full",
+            )
+
+    def _start_broker(self) -> None:
+        settings = self.config.broker
+        if settings.url:
             return
-        self._report("broker-restarted", "warning", "the embedded broker died; it is started again, empty")
+        log_path = self.data_dir / "logs" / "broker.log"
+        if log_path.exists() and log_path.stat().st_size > self.config.log.file_bytes:
+            log_path.replace(log_path.with_name("broker.log.1"))
+        self._broker = EmbeddedBroker(settings.port or None, log_path=log_path)
         try:
-            broker.start()
-            self._broker_backoff_s = self.config.supervisor.backoff_first_s
+            self._broker.start()
         except BrokerError as error:
-            log.error("%s", error)
-            self._broker_backoff_s = min(self.config.supervisor.backoff_max_s, self._broker_backoff_s * 2)
-        self._broker_next_s = time.monotonic() + self._broker_backoff_s
+            if error.reason != "port not available":
+                raise
+            raise BrokerError(
+                error.message,
+                hint=f'to use the broker that listens there set broker.url = "mqtt://127.0.0.1:{settings.port}";'
+                " for an embedded one on another port set broker.port (0 takes a free one)",
+                field="broker.port",
+                reason=error.reason,
+            ) from error
+        self.broker_url = self._broker.url
+        log.info("embedded broker at %s", self.broker_url)
+
+    def _open_bus(self) -> None:
+        settings = self.config.broker
+        lost = NodeState(state="lost", time_us=_now_us(), fingerprint=self._fingerprint)
+        self._bus = Bus(
+            url=self.broker_url,
+            node=self.node,
+            client="supervisor",
+            username=settings.username,
+            password=settings.password(),
+            ca_file=settings.ca_file,
+            will=(lost, {}),
+        )
+        self._bus.hear(ServiceState, self._hear_service, node=self.node)
+        self._bus.hear(NodeState, self._hear_node, node=self.node)
+        self._bus.start(timeout_s=None)
+
+    def _choose_services(self) -> None:
+        names = self.config.services.names()
+        settings = self.config.log
+        for name, row in BY_NAME.items():
+            if missing := missing_packages(row):
+                log.warning(
+                    "%s cannot run here: %s not installed; pip install 'mindstream[%s]' brings it",
+                    name,
+                    " and ".join(missing),
+                    row.extra,
+                )
+            if name not in names:
+                continue
+            path = self.data_dir / "logs" / f"{name}.log"
+            kept = _Kept(row, RotatingLog(path, max_bytes=settings.file_bytes, files=settings.files))
+            self._kept.append(kept)
+            if missing:
+                self._give_up(kept, f"{' and '.join(missing)} not installed: pip install 'mindstream[{row.extra}]'")
+        if not self._kept:
+            raise ConfigError(
+                "starting no service at all: services.enabled is empty",
+                hint=f"the services are {', '.join(BY_NAME)}; leave the key out to run all that can run",
+                field="services.enabled",
+            )
+
+    # --- services -----------------------------------------------------------------------------------------
+
+    def _look_after(self, kept: _Kept) -> None:
+        child = kept.child
+        if child is not None:
+            code = child.poll()
+            if code is not None:
+                kept.child = None
+                child.drain()
+                self._after_death(kept, child, code)
+        elif kept.start_at_s is not None and time.monotonic() >= kept.start_at_s:
+            self._start(kept)
+        if kept.repeat_failure:
+            kept.repeat_failure = False
+            self._say_failure(kept)
+
+    def _start(self, kept: _Kept) -> None:
+        name = kept.row.name
+        command = [sys.executable, "-m", "edge.service", name, "--broker", self.broker_url]
+        if self._config_path is not None:
+            command += ["--config", str(self._config_path)]
+
+        def on_line(line: bytes) -> None:
+            kept.log_file.write_line(line)
+            if self._echo:
+                _print(prefixed(name, line.decode("utf-8", "replace")))
+
+        kept.state = "init"
+        kept.start_at_s = None
+        kept.started_s = time.monotonic()
+        try:
+            kept.child = start_child(command, name=name, on_line=on_line)
+        except MindstreamError as error:
+            self._count_death(kept, str(error))
+
+    def _after_death(self, kept: _Kept, child: ChildProcess, code: int) -> None:
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        reason = how + (f": {child.last_line}" if child.last_line and code > 0 else "")
+        if code == EXIT_CONFIG:
+            self._give_up(kept, child.last_line or "its configuration is wrong")
+        else:
+            self._count_death(kept, reason)
+
+    def _count_death(self, kept: _Kept, reason: str) -> None:
+        settings = self.config.supervisor
+        now_s = time.monotonic()
+        kept.deaths_s.append(now_s)
+        while kept.deaths_s and kept.deaths_s[0] < now_s - settings.restart_window_s:
+            kept.deaths_s.popleft()
+        deaths = len(kept.deaths_s)
+        if deaths > settings.restart_limit:
+            self._give_up(
+                kept,
+                f"it died {deaths} times in {settings.restart_window_s:g} s (supervisor.restart_limit is"
+                f" {settings.restart_limit}); the last time it was {reason}",
+            )
+            return
+        pause_s = min(settings.backoff_max_s, settings.backoff_first_s * 2 ** (deaths - 1))
+        kept.state = "init"
+        kept.start_at_s = now_s + pause_s
+        self._report("service-died", "warning", f"{kept.row.name} {reason}; it is started again in {pause_s:g} s")
+
+    def _give_up(self, kept: _Kept, reason: str) -> None:
+        kept.state = "failed"
+        kept.failure = reason
+        kept.start_at_s = None
+        self._report("service-stopped", "error", f"{kept.row.name} is not started again: {reason}. The others go on.")
+        self._say_failure(kept)
+        self._said_at_s = 0.0
+
+    def _say_failure(self, kept: _Kept) -> None:
+        self._say(ServiceState(state="failed", time_us=_now_us(), reason=kept.failure), service=kept.row.name)
+
+    def _hear_service(self, message: Received) -> None:
+        """On the bus's thread: how a service says it is."""
+        name = message.topic.names["service"]
+        state: ServiceState = message.data
+        for kept in self._kept:
+            if kept.row.name != name:
+                continue
+            if kept.failure:
+                # The broker's word that its connection broke may come after ours that it is given up.
+                kept.repeat_failure = state.state != "failed"
+            elif kept.child is not None and state.pid == kept.child.pid:
+                if state.state != kept.state:
+                    took = f" after {time.monotonic() - kept.started_s:.1f} s" if kept.state == "init" else ""
+                    reason = f": {state.reason}" if state.reason else ""
+                    log.info("%s is %s%s%s", name, state.state, took, reason)
+                kept.state = state.state
+
+    # --- the node -----------------------------------------------------------------------------------------
 
     def _say_state(self) -> None:
         bus = self._bus
         assert bus is not None
         if not bus.connected:
             return
-        conditions = [child.condition for child in self._children.values()]
-        state = "init" if "init" in conditions else "ready"
-        if state == self._said and bus.connections == self._connections:
+        settled = all(kept.state in SETTLED or kept.failure for kept in self._kept)
+        if bus.connections != self._connections:
+            # A new connection: the broker may have forgotten what it retained, or said that this node is lost.
+            self._connections = bus.connections
+            self._said_at_s = 0.0
+            for kept in self._kept:
+                kept.repeat_failure = bool(kept.failure)
+        state = "ready" if settled or self._state == "ready" else "init"
+        if state == self._state and time.monotonic() - self._said_at_s < STATE_REPEAT_S and self._said_at_s:
             return
-        try:
-            bus.say(self._state(state), timeout_s=1.0)
-        except MindstreamError as error:
-            log.warning("the node's state could not be said: %s", error)
+        became_ready = state == "ready" and self._state != "ready"
+        said = self._say(
+            NodeState(
+                state=state,
+                time_us=_now_us(),
+                fingerprint=self._fingerprint,
+                version=mindstream_version(),
+                services=[kept.row.name for kept in self._kept if not kept.failure],
+                pid=os.getpid(),
+            )
+        )
+        if not said:
             return
-        if state == "ready" and self._said != "ready":
-            log.info("node %s is ready", self.config.node.name)
-            if self._on_ready is not None:
-                self._on_ready()
-                self._on_ready = None
-        self._said, self._connections = state, bus.connections
+        self._state, self._said_at_s = state, time.monotonic()
+        if became_ready:
+            log.info(
+                "%s is ready after %.1f s; broker %s, data in %s",
+                self.node,
+                time.monotonic() - self._started_s,
+                self.broker_url,
+                self.data_dir,
+            )
+            self.ready.set()
 
-    def _state(self, state: str) -> NodeState:
-        return NodeState(
-            state=state,
-            time_us=time.time_ns() // 1000,
-            fingerprint=self._fingerprint,
-            version=version(),
-            services=list(self._children),
-            pid=os.getpid(),
+    def _hear_node(self, message: Received) -> None:
+        """On the bus's thread: this node's own words, or those of another that has its name."""
+        state: NodeState = message.data
+        if state.fingerprint and state.fingerprint != self._fingerprint and state.state in ("init", "ready"):
+            assert self._bus is not None
+            # As often as the other one speaks, hence through the limit of one a second.
+            self._bus.events.report(
+                "node-name-taken",
+                "error",
+                f"another node is called {self.node} on this broker (key {state.fingerprint}): give one of them"
+                " another node.name",
+            )
+
+    def _look_after_broker(self) -> None:
+        broker = self._broker
+        if broker is None or broker.alive or time.monotonic() < self._broker_start_at_s:
+            return
+        self._broker_deaths += 1
+        settings = self.config.supervisor
+        pause_s = min(settings.backoff_max_s, settings.backoff_first_s * 2 ** min(self._broker_deaths - 1, 16))
+        self._broker_start_at_s = time.monotonic() + pause_s
+        try:
+            broker.start()
+        except BrokerError as error:
+            log.error("the embedded broker is down: %s; tried again in %g s", error, pause_s)
+            return
+        self._report(
+            "broker-restarted",
+            "warning",
+            f"the embedded broker died and was started again ({self._broker_deaths} times so far)",
         )
 
-    def _goodbye(self, bus: Bus) -> None:
-        bus.stop(goodbye=[(self._state("disconnected"), {})])
+    def _complain_of_broker(self, patience_s: float) -> float:
+        """Say that the broker does not answer, ever more rarely; the new patience."""
+        bus = self._bus
+        assert bus is not None
+        if bus.connected or time.monotonic() - self._started_s < patience_s or self._connections:
+            return patience_s
+        why = f" ({bus.refusal})" if bus.refusal else ""
+        log.warning(
+            "no broker answers at %s%s: waited %.0f s, and waiting on; broker.url is where it is looked for",
+            self.broker_url,
+            why,
+            time.monotonic() - self._started_s,
+        )
+        return patience_s * 2
 
     def _report(self, name: str, severity: str, text: str) -> None:
-        if self._bus is not None:
-            self._bus.events.report(name, severity, text)
+        """Log it and say it as an event; what cannot be said now is said with the next connection.
 
+        Not through bus.events: that says one event of a name a second, and two services may die at once.
+        """
+        bus = self._bus
+        assert bus is not None
+        log.log(_LEVELS[severity], text)
+        bus.counters.add(f"event.{name}")
+        self._unsaid.append(Event(name=name, severity=severity, text=text))
 
-@contextlib.contextmanager
-def _only_one(data_dir: Path) -> Iterator[None]:
-    """Hold the data folder for this process. Raises StorageError naming the process that has it."""
-    path = data_dir / "supervisor.lock"
-    with storage_errors(f"making the data folder {data_dir}"):
-        data_dir.mkdir(parents=True, exist_ok=True)
-    with storage_errors(f"opening {path}"):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    def _say_events(self) -> None:
+        while self._unsaid and self._say(self._unsaid[0], service="supervisor"):
+            self._unsaid.popleft()
+
+    def _say(self, message: NodeState | ServiceState | Event, **names: str) -> bool:
+        bus = self._bus
+        assert bus is not None
+        if not bus.connected:
+            return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise StorageError(
-                f"starting a node in {data_dir}: another supervisor has it, process {holder}",
-                hint="stop that one, or set node.data_dir to another folder",
-                field="node.data_dir",
-                reason="in use",
-            ) from None
-        with storage_errors(f"writing {path}"):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            os.fsync(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
+            bus.say(message, timeout_s=1.0, **names)
+        except MindstreamError as error:
+            log.warning("a state could not be said: %s", error)
+            return False
+        return True
 
 
-def run_node(config_path: Path | None, on_ready: Callable[[Supervisor], None] | None = None) -> int:
-    """`mindstream up`: run a node in this process until SIGTERM or SIGINT; the exit code."""
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_print_lock = threading.Lock()
+
+
+def _print(line: str) -> None:
+    """To stderr, whole lines only; a terminal that has gone away stops nothing."""
+    with _print_lock:
+        try:
+            sys.stderr.write(printable(line) + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # it stands in the log file
+
+
+class _LogFileHandler(logging.Handler):
+    """The supervisor's own log, bounded like the services'."""
+
+    def __init__(self, file: RotatingLog) -> None:
+        super().__init__()
+        self._log_file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log_file.write_line(self.format(record).encode("utf-8", "replace"))
+
+
+def set_up_logging(level: str) -> None:
+    """The supervisor's log on stderr, in line with what its children print."""
+    logging.basicConfig(
+        level=level.upper(), format=prefixed("supervisor", "%(asctime)s %(levelname)s %(message)s"), stream=sys.stderr
+    )
+
+
+def supervise(config: Config, config_path: Path | None = None) -> None:
+    """Run a supervisor in this process's main thread until SIGTERM or SIGINT. Raises what Supervisor.run raises."""
+    supervisor = Supervisor(config, config_path=config_path)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    log_file = RotatingLog(
+        supervisor.data_dir / "logs" / "supervisor.log", max_bytes=config.log.file_bytes, files=config.log.files
+    )
+    handler = _LogFileHandler(log_file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
     try:
-        config = load_config(config_path)
-        set_up_logging(config, "supervisor")
-        supervisor = Supervisor(config, config_path, (lambda: on_ready(supervisor)) if on_ready else None)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: supervisor.stop())
         supervisor.run()
-    except MindstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, ConfigError) else 1
-    return 0
+    finally:
+        logging.getLogger().removeHandler(handler)
+        log_file.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``python -m edge.supervisor``."""
-    parser = argparse.ArgumentParser(prog="python -m edge.supervisor", description="Run one Mindstream node.")
+    """``python -m edge.supervisor``; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m edge.supervisor", description="Run a Mindstream node.")
     parser.add_argument("--config", type=Path, default=None, help="mindstream.toml")
-    return run_node(parser.parse_args(arguments).config)
+    options = parser.parse_args(arguments)
+    try:
+        config_path = options.config or find_config()
+        config = load_config(config_path)
+        set_up_logging(config.log.level)
+        supervise(config, config_path)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except MindstreamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
