@@ -36,6 +36,7 @@ from services.model_runner.engine import (
     check_layers,
     chunk_ends,
 )
+from services.model_runner.fast_decode import FastDecode
 from services.model_runner.kv_cache import TorchKVCache
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -146,6 +147,7 @@ class TransformersEngine(Engine):
         self.spec = spec
         self._model = model
         self._decoder = model.get_decoder()
+        self._fast_decode = FastDecode.of(model)
         self._device = model.device
         self._dtype = _TORCH_DTYPES[spec.dtype]
         self._threads = threads
@@ -242,7 +244,9 @@ class TransformersEngine(Engine):
         for chunk_end in chunk_ends(start, end):
             if should_stop is not None and should_stop():
                 break
-            self._forward(self._decoder, own, tokens[own.length - start : chunk_end - start])
+            chunk = tokens[own.length - start : chunk_end - start]
+            with self._appending(own, len(chunk)):
+                self._forward(self._decoder, own, chunk)
             if on_progress is not None:
                 on_progress(own.length, end)
         return own.length - start
@@ -250,8 +254,13 @@ class TransformersEngine(Engine):
     def step(self, cache: KVCache, token: int) -> Logits:
         own = self._own(cache)
         self.check_tokens(own, (token,))
-        output = self._forward(self._model, own, (token,), logits_to_keep=1)
-        logits: Logits = output.logits[0, -1].float().cpu().numpy()
+        fast = self._fast_decode
+        with self._appending(own, 1):
+            if fast is not None:
+                row = fast.step(own, token, self._device)
+            else:
+                row = self._forward(self._model, own, (token,), logits_to_keep=1).logits[0, -1]
+            logits: Logits = row.float().cpu().numpy()
         return logits
 
     def export_layers(self, cache: KVCache) -> list[LayerState]:
@@ -289,19 +298,25 @@ class TransformersEngine(Engine):
         return cache
 
     def _forward(self, module: torch.nn.Module, cache: TorchKVCache, tokens: Sequence[int], **kwargs: Any) -> Any:
-        """One forward pass that appends ``tokens`` to ``cache``; a cache left half written is marked so."""
-        with torch.inference_mode(), self._memory_errors("growing the KV cache", cache.length + len(tokens)):
-            cache.reserve(len(tokens))
-        complete = False
-        try:
-            with torch.inference_mode(), self._memory_errors("running a chunk", len(tokens)):
-                ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
-                output = module(input_ids=ids, past_key_values=cache.model_cache, use_cache=True, **kwargs)
-                complete = True
-                return output
-        finally:
-            if not complete:
+        ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
+        return module(input_ids=ids, past_key_values=cache.model_cache, use_cache=True, **kwargs)
+
+    @contextlib.contextmanager
+    def _appending(self, cache: TorchKVCache, count: int) -> Iterator[None]:
+        """Around the computation that appends ``count`` positions; a cache left half written is marked so."""
+        if torch.get_num_threads() != self._threads:
+            # The pool's size is the process's, and another engine or library may have set it since: the same sums
+            # in other parts round otherwise, and the fingerprint promised this many.
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            with self._memory_errors("growing the KV cache", cache.length + count):
+                cache.reserve(count)
+            try:
+                with self._memory_errors("computing", count):
+                    yield
+            except BaseException:
                 cache.mark_broken()
+                raise
 
     def _warm_up(self) -> None:
         """One step, so that a model whose layers are not what its configuration says is refused here."""

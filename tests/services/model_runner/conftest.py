@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from services.model_runner.transformers_engine import TransformersEngine  # noqa: E402
 
+THREADS = 1
+"""Two would wait for each other longer than so small a product takes."""
 WINDOW = 40
 VOCABULARY = 256 + 3
 
@@ -86,4 +88,4 @@ def small_model(request: pytest.FixtureRequest, small_models: dict[str, Path]) -
 @pytest.fixture(scope="session")
 def engine(small_models: dict[str, Path]) -> TransformersEngine:
     """The Llama, in the dtype chosen for this machine."""
-    return TransformersEngine.load(small_models["llama"], name="small-llama", device="cpu")
+    return TransformersEngine.load(small_models["llama"], name="small-llama", device="cpu", threads=THREADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_path: Path) -> TransformersEngine:
-    return TransformersEngine.load(smollm2_path, device="cpu")
+    return TransformersEngine.load(smollm2_path, device="cpu", threads=os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_the_spec_is_the_models(smollm2: TransformersEngine) -> None:
 @pytest.mark.slow
 def test_the_benchmark_runs_and_a_handoff_between_processes_is_exact(smollm2_path: Path) -> None:
     lines: list[str] = []
-    figures = run(Options(smollm2_path, quick=True), lines.append)
+    figures = run(Options(smollm2_path, threads=os.cpu_count() or 1, quick=True), lines.append)
     assert figures["resume_token_match"] == 1.0
     assert figures["resume_logit_match"] == 1.0
     assert figures["resume_exact"] == 1.0

@@ -43,13 +43,13 @@ def through_the_wire(packed: Packed) -> tuple[SnapshotManifest, list[bytes]]:
 
 @pytest.mark.parametrize("prompt_tokens", [1, 38, 39, 41, 300, 1400])
 def test_a_resumed_answer_is_the_uninterrupted_one_bit_for_bit(small_model: Path, prompt_tokens: int) -> None:
-    engine = TransformersEngine.load(small_model, device="cpu")
+    engine = TransformersEngine.load(small_model, device="cpu", threads=1)
     uninterrupted = started(engine, LONG[:prompt_tokens], 9)
     packed = pack(engine, uninterrupted, conversation="talk", creator="tomato", extra={"messages": ["hello"]})
     expected = list(generate(engine, uninterrupted))
     manifest, chunks = through_the_wire(packed)
     assert extra_of(manifest) == {"messages": ["hello"]}
-    other = TransformersEngine.load(small_model, device="cpu")
+    other = TransformersEngine.load(small_model, device="cpu", threads=1)
     state, how, reason = unpack(other, manifest, chunks)
     assert (how, reason) == ("exact", "")
     assert list(generate(other, state)) == expected  # Tokens, and log-probabilities to the last bit.
