@@ -1,38 +1,24 @@
-"""Logs: one line an entry, to stderr and to a bounded file in the data folder; and the version in them."""
+"""Logs: one line an entry, to stderr.
+
+Whoever starts a process keeps what it prints: the supervisor passes it on with the service's name before it and
+writes it to ``DATA_DIR/logs/NAME.log`` (bounded), tracebacks and the words of native libraries included; systemd
+keeps a journal. So a log file has one writer.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import logging.handlers
 import sys
 
 from edge.config import Config
-from edge.files import storage_errors
-
-MAX_LOG_BYTES = 4 * 1024 * 1024
-KEPT_LOGS = 2
 
 
-def version() -> str:
-    """Mindstream's version; ``unknown`` when it runs from a checkout that is not installed."""
-    try:
-        return importlib.metadata.version("mindstream")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def set_up_logging(config: Config, name: str) -> None:
-    """Log to stderr and to ``DATA_DIR/logs/NAME.log``, at most 12 MB of it. Raises StorageError."""
-    folder = config.node.folder() / "logs"
-    with storage_errors(f"making the log folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = logging.handlers.RotatingFileHandler(
-            folder / f"{name}.log", maxBytes=MAX_LOG_BYTES, backupCount=KEPT_LOGS, encoding="utf-8"
-        )
+def set_up_logging(config: Config, name: str = "") -> None:
+    """Log to stderr at ``log.level``; ``name`` stands before each line where no supervisor puts it there."""
+    prefix = f"{name:>12} | " if name else ""
     logging.basicConfig(
         level=config.log.level.upper(),
-        format=f"%(asctime)s {config.node.name}/{name} %(levelname)s %(message)s",
-        handlers=[logging.StreamHandler(sys.stderr), file],
+        format=f"{prefix}%(asctime)s %(levelname)s %(message)s",
+        stream=sys.stderr,
         force=True,
     )

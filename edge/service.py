@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)
-        set_up_logging(config, options.name)
+        set_up_logging(config)
         broker_url = options.broker or config.broker.url
         if not broker_url:
             raise ConfigError(

@@ -25,8 +25,10 @@ from edge.bus import Bus
 from edge.config import Config, find_config, load_config
 from edge.files import storage_errors, write_atomically
 from edge.keys import load_or_create_identity
+from edge.logs import set_up_logging
 from edge.node_lock import NodeLock
 from edge.process import ChildProcess, RotatingLog, free_bytes, start_child
+from edge.service import EXIT_CONFIG
 from edge.service_table import BY_NAME, ServiceRow, missing_packages
 from edge.text import mindstream_version, printable
 from protocol.codec import Received
@@ -35,19 +37,12 @@ from protocol.messages import Event, NodeState, ServiceState
 
 log = logging.getLogger(__name__)
 
-EXIT_CONFIG = 78
-"""EX_CONFIG of sysexits.h: a service that ends with it is not started again, nor is a supervisor by systemd."""
 TICK_S = 0.05
 STATE_REPEAT_S = 10.0
 """An unchanged state of the node is said again this often."""
 MIN_FREE_BYTES = 16 * 1024 * 1024
 """With less free space a node does not start: it could not keep what it promises to keep."""
 SETTLED = frozenset({"ready", "degraded"})
-
-
-def prefixed(name: str, text: str) -> str:
-    """A line of output with the name of the process that it comes from."""
-    return f"{name:>12} | {text}"
 
 
 class _Kept:
@@ -275,7 +270,7 @@ class Supervisor:
         def on_line(line: bytes) -> None:
             kept.log_file.write_line(line)
             if self._echo:
-                _print(prefixed(name, line.decode("utf-8", "replace")))
+                _print(f"{name:>12} | {line.decode('utf-8', 'replace')}")
 
         kept.state = "init"
         kept.start_at_s = None
@@ -485,13 +480,6 @@ class _LogFileHandler(logging.Handler):
         self._log_file.write_line(self.format(record).encode("utf-8", "replace"))
 
 
-def set_up_logging(level: str) -> None:
-    """The supervisor's log on stderr, in line with what its children print."""
-    logging.basicConfig(
-        level=level.upper(), format=prefixed("supervisor", "%(asctime)s %(levelname)s %(message)s"), stream=sys.stderr
-    )
-
-
 def supervise(config: Config, config_path: Path | None = None) -> None:
     """Run a supervisor in this process's main thread until SIGTERM or SIGINT. Raises what Supervisor.run raises."""
     supervisor = Supervisor(config, config_path=config_path)
@@ -518,7 +506,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config_path = options.config or find_config()
         config = load_config(config_path)
-        set_up_logging(config.log.level)
+        set_up_logging(config, "supervisor")
         supervise(config, config_path)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
