@@ -54,7 +54,7 @@ class DtypeChoice(NamedTuple):
 
 def has_bf16_products() -> bool:
     """Whether this CPU's library multiplies bfloat16 matrices at speed (AVX-512, AMX, or Arm with bf16)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_dtype(device: torch.device) -> DtypeChoice:

