@@ -93,7 +93,7 @@ def test_entries_beyond_a_gap_wait_and_are_stored_when_it_is_filled(tomato: Node
     assert sprout.log.digest() == tomato.log.digest()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_any_order_any_repetition_and_any_cut_give_the_same_log(make_node: MakeNode, seed: int) -> None:
     chance = random.Random(seed)
