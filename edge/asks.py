@@ -16,17 +16,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.codec import Received
-from protocol.errors import AskExpired, ErrorInfo, MindstreamError, from_wire
+from protocol.errors import AskExpired, ErrorInfo, MindstreamError, NotConnected, Overloaded, from_wire
 
 RESEND_FIRST_S = 2.0
 """After this long without an answer an ask is sent again; then after twice as long, and so on."""
+NO_ROOM_S = 0.05
+"""After this long an ask that could not be sent again for want of room is tried once more."""
+MAX_OPEN = 20_000
+"""Asks under way at one time; the next is refused."""
 
 
 @dataclass
 class _Ask:
     what: str
+    node: str
+    """Who may answer."""
+    reply_type: str
     deadline_s: float
-    send: Callable[[int], None]
+    send: Callable[[], bool]
     resend_at_s: float
     resend_after_s: float = RESEND_FIRST_S
     future: Future[Any] = field(default_factory=Future)
@@ -43,18 +50,33 @@ class PendingAsks:
         self._timer: threading.Thread | None = None
         self._closed = False
 
-    def open(self, identifier: str, what: str, ttl_ms: int, send: Callable[[int], None]) -> Future[Any]:
+    def open(
+        self, identifier: str, what: str, *, node: str, reply_type: str, deadline_s: float, send: Callable[[], bool]
+    ) -> Future[Any]:
         """Note an ask; its future resolves with the answer, its error, or AskExpired.
+
+        One that is under way already under this id is not asked twice: its future is returned.
 
         Args:
             identifier: the ask's id, which the answer carries as its correlation.
             what: what is asked of whom, for messages.
-            ttl_ms: time to live from now.
-            send: sends it again with the given time to live in ms.
+            node: who is asked: an answer from another branch is none.
+            reply_type: message type of the answer; ``error`` is one always.
+            deadline_s: ``time.monotonic()`` at the end of its time to live.
+            send: sends it again without waiting; False when there was no room.
+
+        Raises NotConnected after ``fail_all``, and Overloaded when too many are under way.
         """
-        now_s = time.monotonic()
-        ask = _Ask(what, now_s + ttl_ms / 1000, send, now_s + RESEND_FIRST_S)
+        ask = _Ask(what, node, reply_type, deadline_s, send, time.monotonic() + RESEND_FIRST_S)
         with self._changed:
+            if self._closed:
+                raise NotConnected(f"{what}: this connection has been stopped", reason="stopped")
+            if known := self._asks.get(identifier):
+                return known.future
+            if len(self._asks) >= MAX_OPEN:
+                raise Overloaded(
+                    f"{what}: {MAX_OPEN:,} asks are under way already", hint="wait for answers", reason="too many asks"
+                )
             self._asks[identifier] = ask
             self._schedule(identifier, ask)
             if self._timer is None:
@@ -63,11 +85,12 @@ class PendingAsks:
         return ask.future
 
     def resolve(self, answer: Received) -> bool:
-        """Give an answer to the one who asked; False when nobody waits for it any more."""
+        """Give an answer to the one who asked; False when nobody waits for it any more, or not from this node."""
         with self._changed:
-            ask = self._asks.pop(answer.correlation, None)
-        if ask is None:
-            return False
+            ask = self._asks.get(answer.correlation)
+            if ask is None or answer.node != ask.node or answer.type not in (ask.reply_type, "error"):
+                return False
+            del self._asks[answer.correlation]
         if isinstance(answer.data, ErrorInfo):
             _settle(ask.future, error=from_wire(answer.data, remote=answer.source))
         else:
@@ -120,6 +143,7 @@ class PendingAsks:
                 if expired:
                     del self._asks[identifier]
                 else:
+                    # Before it is sent: a new connection may meanwhile want it sent at once.
                     ask.resend_at_s = now_s + ask.resend_after_s
                     ask.resend_after_s *= 2
                     self._schedule(identifier, ask)
@@ -133,10 +157,10 @@ class PendingAsks:
                     ),
                 )
                 continue
-            try:
-                ask.send(max(1, int((ask.deadline_s - now_s) * 1000)))
-            except MindstreamError:
-                pass  # no room now: the next resend or the deadline decides
+            if not ask.send():
+                with self._changed:
+                    ask.resend_at_s = min(ask.resend_at_s, now_s + NO_ROOM_S)
+                    self._schedule(identifier, ask)
 
 
 def _settle(future: Future[Any], *, result: Any = None, error: Exception | None = None) -> None:

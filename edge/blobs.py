@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 import time
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import msgspec
 from edge.bus import Bus
 from edge.files import storage_errors, write_atomically
 from protocol.codec import Received
-from protocol.errors import AskExpired, BadSignature, BlobError, MindstreamError, NotFound
+from protocol.errors import AskExpired, BadSignature, BlobError, MindstreamError, NotFound, Overloaded
 from protocol.ids import uuid7
 from protocol.manifest import ChunkRef, SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
 from protocol.messages import BlobChunk, BlobPull, BlobPulling
@@ -32,7 +32,11 @@ log = logging.getLogger(__name__)
 CREDIT_CHUNKS = 16
 """Chunks under way to one receiver: 8 MiB, enough to keep a 1 Gbit/s link of 60 ms busy."""
 STALL_S = 2.0
-"""Chunks that were granted and have not come for this long are asked for again."""
+"""Chunks that were granted and have not come for this long are asked for again; then after twice as long."""
+MAX_QUEUED = 4096
+"""Chunks that a sender is asked for and has not sent, of all transfers; a pull beyond it is refused."""
+MAX_BAD = 3
+"""So often may one chunk come damaged before its holder's copy is held to be."""
 PULL_TTL_MS = 10_000
 SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
 
@@ -141,17 +145,18 @@ class BlobSender:
         self._store = store
         self._bus = bus
         self._read_manifest = read_manifest
-        self._queue: deque[tuple[str, int, ChunkRef]] = deque()
+        # Keyed by transfer and index: a chunk that is asked for again before it was sent goes out once.
+        self._queue: OrderedDict[tuple[str, int], ChunkRef] = OrderedDict()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="blob sender", daemon=True)
         self._thread.start()
 
     def pull(self, message: Received) -> BlobPulling:
-        """Handle a pull: queue the chunks it has credit for. Raises NotFound."""
+        """Handle a pull: queue the chunks it has credit for. Raises NotFound and Overloaded."""
         ask: BlobPull = message.data
         refs = self._read_manifest(ask.snapshot).chunks
-        queued: list[tuple[str, int, ChunkRef]] = []
+        queued: dict[tuple[str, int], ChunkRef] = {}
         missing = []
         for index, ref in enumerate(refs):
             if len(queued) >= ask.credit:
@@ -161,9 +166,15 @@ class BlobSender:
             if not self._store.has(ref):
                 missing.append(index)
             else:
-                queued.append((ask.transfer, index, ref))
+                queued[ask.transfer, index] = ref
         with self._wake:
-            self._queue.extend(queued)
+            if len(self._queue) + len(queued) > MAX_QUEUED:
+                raise Overloaded(
+                    f"sending chunks of snapshot {ask.snapshot[:12]}: {len(self._queue):,} others wait to be sent",
+                    hint="try again later",
+                    reason="too many transfers",
+                )
+            self._queue.update(queued)
             self._wake.notify()
         return BlobPulling(sending=len(queued), missing=missing[:1024])
 
@@ -181,7 +192,7 @@ class BlobSender:
                     self._wake.wait()
                 if self._stopping:
                     return
-                transfer, index, ref = self._queue.popleft()
+                (transfer, index), ref = self._queue.popitem(last=False)
             try:
                 data = self._store.chunk(ref)
                 if data is not None:
@@ -213,8 +224,8 @@ class BlobReceiver:
     def pull(self, holder: str, identifier: str, manifest: SnapshotManifest, *, timeout_s: float = 600.0) -> int:
         """Fetch what the store has not; the bytes that crossed the bus.
 
-        Raises BlobError when the holder has lost chunks or none comes for ``timeout_s`` in all, AskExpired when
-        it does not answer, StorageError.
+        Raises BlobError when the holder does not answer, has lost or damaged chunks, or has not sent all in
+        ``timeout_s``; StorageError. What came is kept: another pull goes on from there.
         """
         refs = manifest.chunks
         have = {i for i, ref in enumerate(refs) if self._store.has(ref)}
@@ -226,6 +237,10 @@ class BlobReceiver:
 
         def take(message: Received) -> None:
             with wake:
+                # More than was granted: the holder repeats itself, or means ill.
+                if len(arrived) >= 2 * CREDIT_CHUNKS:
+                    self._bus.counters.add("dropped.blob_chunk")
+                    return
                 arrived.append(message)
                 wake.notify()
 
@@ -251,6 +266,8 @@ class BlobReceiver:
         here_bytes = sum(refs[i].size_bytes for i in have)
         total_bytes = sum(ref.size_bytes for ref in refs)
         expected: set[int] = set()
+        bad: Counter[int] = Counter()
+        stall_s = STALL_S
         deadline_s = time.monotonic() + timeout_s
         last_chunk_s = time.monotonic()
         while len(have) < len(refs):
@@ -262,9 +279,10 @@ class BlobReceiver:
                     hint="what came is kept: try again to go on",
                     reason="too slow",
                 )
-            if expected and now_s - last_chunk_s > STALL_S:
+            if expected and now_s - last_chunk_s > stall_s:
                 self._bus.counters.add("blob.stalled")
                 expected.clear()
+                stall_s *= 2  # a slow link must not be given the same chunks over and over
             if len(expected) <= CREDIT_CHUNKS // 2 and len(have) + len(expected) < len(refs):
                 granted = self._grant(holder, identifier, transfer, have | expected, len(refs), len(expected))
                 expected |= granted
@@ -275,7 +293,11 @@ class BlobReceiver:
                 messages = [arrived.popleft() for _ in range(len(arrived))]
             for message in messages:
                 chunk: BlobChunk = message.data
-                if chunk.index >= len(refs) or chunk.index in have:
+                if chunk.index >= len(refs):
+                    self._bus.counters.add("refused.blob_chunk")
+                    continue
+                if chunk.index in have:
+                    self._bus.counters.add("blob.repeated")
                     continue
                 expected.discard(chunk.index)
                 last_chunk_s = time.monotonic()
@@ -284,7 +306,16 @@ class BlobReceiver:
                 except BadSignature as error:
                     self._bus.counters.add("refused.blob_chunk")
                     self._bus.events.report("bad-chunk", "warning", f"from {holder}: {error}")
+                    bad[chunk.index] += 1
+                    if bad[chunk.index] >= MAX_BAD:
+                        raise BlobError(
+                            f"fetching snapshot {identifier[:12]} from {holder}: chunk {chunk.index} came damaged "
+                            f"{MAX_BAD} times",
+                            hint="fetch it from another holder, or save the conversation again",
+                            reason="chunk damaged",
+                        ) from error
                     continue
+                stall_s = STALL_S
                 self._store.put_chunk(refs[chunk.index], chunk.data)
                 have.add(chunk.index)
                 received_bytes += len(chunk.data)

@@ -15,10 +15,12 @@ import logging
 import socket
 import ssl
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -59,6 +61,24 @@ QUICK_ACK_BELOW = 4
 """With fewer messages under way than this, latency counts more than the system call."""
 PUBLISH_WINDOW = 256
 """Publishes under way without a PUBACK; a broker that grants less sets it lower. Beyond it, say() waits."""
+BACKLOG_MESSAGES = 10_000
+BACKLOG_BYTES = 64 * 1024 * 1024
+"""What may wait of those that must not wait themselves: answers, and what handlers say."""
+
+
+class _Packet(NamedTuple):
+    topic: str
+    payload: bytes
+    retain: bool
+
+
+def _check_size(topic: str, payload: bytes) -> None:
+    """A larger packet would make the broker cut the connection, and paho send it again, for ever."""
+    if len(payload) + len(topic) + 512 > MAX_PACKET_BYTES:
+        raise MessageTooLarge(
+            f"publishing on {topic}: {len(payload):,} bytes, the broker takes {MAX_PACKET_BYTES:,}",
+            topic=topic,
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -112,9 +132,12 @@ class Bus:
         self.refusal = ""
         """Why the broker refused the last connection or subscription; empty when it did not."""
         self._unsubscribed: set[int] = set()
+        self._subscribing = threading.Lock()
         self._window = threading.Condition(threading.Lock())
         self._window_limit = 20
         self._in_flight = 0
+        self._backlog: deque[_Packet] = deque()
+        self._backlog_bytes = 0
 
         client_id = f"mindstream-{node}-{client}"
         self._paho = paho.Client(
@@ -146,11 +169,11 @@ class Bus:
         self._paho.max_queued_messages_set(0)
         self._paho.reconnect_delay_set(RECONNECT_MIN_S, RECONNECT_MAX_S)  # type: ignore[arg-type]
         self._paho.on_socket_open = _no_delay
-        self._paho.on_connect = self._on_connect
-        self._paho.on_disconnect = self._on_disconnect
-        self._paho.on_subscribe = self._on_subscribe
-        self._paho.on_publish = self._on_publish
-        self._paho.on_message = self._on_message
+        self._paho.on_connect = self._guarded(self._on_connect)
+        self._paho.on_disconnect = self._guarded(self._on_disconnect)
+        self._paho.on_subscribe = self._guarded(self._on_subscribe)
+        self._paho.on_publish = self._guarded(self._on_publish)
+        self._paho.on_message = self._guarded(self._on_message)
         if will is not None:
             message, names = will
             row = row_of(message)
@@ -223,9 +246,8 @@ class Bus:
         self._dispatch.durable_asks = journal
         self._dispatch.on_dead_letter = journal.dead_letter
         recovery = journal.unfinished()
-        for command in recovery.commands:
-            self._dispatch.again(command.topic, command.payload, command.ttl_ms)
-        for name, count in (("expired", recovery.expired), ("dead_letters", recovery.dead)):
+        left = sum(not self._dispatch.again(each.topic, each.payload, each.ttl_ms) for each in recovery.commands)
+        for name, count in (("expired", recovery.expired), ("dead_letters", recovery.dead), ("left_for_later", left)):
             if count:
                 self.counters.add(name, count)
                 log.warning("%s: %d commands of before the restart are %s", self.source, count, name.replace("_", " "))
@@ -240,15 +262,16 @@ class Bus:
     def say(self, message: msgspec.Struct, *, timeout_s: float = 30.0, **names: str) -> None:
         """Publish ``message`` on its topic in this node's branch; ``names`` fill the topic's other levels.
 
-        Returns when the client library has it; waits while the window is full. Raises MessageTooLarge,
-        WrongTopic, or Overloaded when no room came in ``timeout_s``.
+        Returns when the client library has it; waits while the window is full, except in a handler, which must
+        not: there it goes to a backlog. Raises MessageTooLarge, WrongTopic, or Overloaded when no room came in
+        ``timeout_s``.
         """
         self._publish(row_of(message), message, names, timeout_s=timeout_s)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the broker has acknowledged all that was said; False when it has not in time."""
         with self._window:
-            return self._window.wait_for(lambda: self._in_flight == 0, timeout_s)
+            return self._window.wait_for(lambda: self._in_flight == 0 and not self._backlog, timeout_s)
 
     def ask(self, target: str, message: msgspec.Struct, *, ttl_ms: int) -> Any:
         """Ask ``target`` node and wait for its answer, at most ``ttl_ms``.
@@ -256,6 +279,11 @@ class Bus:
         The ask is sent again (same id: it is carried out once) when the connection comes back. Raises
         AskExpired, or the error that the other side answered with.
         """
+        if threading.current_thread() is self._paho._thread:
+            raise BusError(
+                f"asking {target} from the network thread of {self.source}: it would wait for itself",
+                hint="ask from a worker thread, or use ask_later",
+            )
         return self.ask_later(target, message, ttl_ms=ttl_ms).result()
 
     def ask_later(self, target: str, message: msgspec.Struct, *, ttl_ms: int, id: str = "") -> Future[Any]:
@@ -279,17 +307,39 @@ class Bus:
         topic = self._topic(row.topic, {"target": target, "service": row.ask.service, "verb": row.ask.verb})
         response_topic = topics.REPLY.format_topic(node=target, asker=self.node, client=self.client)
 
-        def send(left_ms: int) -> None:
+        deadline_s = time.monotonic() + ttl_ms / 1000
+
+        def encode() -> tuple[bytes, RequestProperties]:
+            left_ms = max(1, round((deadline_s - time.monotonic()) * 1000))
             payload = codec.encode(
                 message, source=self.source, row=row, id=identifier, reply_to=self.client, ttl_ms=left_ms
             )
-            properties = RequestProperties(-(-left_ms // 1000), response_topic, identifier.encode())
-            self._send(topic, payload, retain=False, properties=properties, timeout_s=left_ms / 1000)
+            _check_size(topic, payload)
+            return payload, RequestProperties(-(-left_ms // 1000), response_topic, identifier.encode())
 
+        def send(wait_s: float = 0.0) -> bool:
+            # Without a connection it is not handed over: in the client library it would wait without growing old,
+            # and could be carried out long after its time. The next connection sends it.
+            if not self._connected.is_set():
+                return True
+            if not self._take_room(wait_s):
+                return False
+            try:
+                payload, properties = encode()
+            except BaseException:
+                self._window_free(1)
+                raise
+            self._hand_over(_Packet(topic, payload, False), properties)
+            return True
+
+        encode()  # what can never be sent is refused here
         what = f"asking {target}/{row.ask.service} to {row.ask.verb}"
-        future = self._asks.open(identifier, what, ttl_ms, send)
+        future = self._asks.open(
+            identifier, what, node=target, reply_type=row.ask.reply, deadline_s=deadline_s, send=send
+        )
         try:
-            send(ttl_ms)
+            if not send(ttl_ms / 1000):
+                self._asks.fail(identifier, self._overloaded(topic, ttl_ms / 1000))
         except MindstreamError as error:
             self._asks.fail(identifier, error)
         return future
@@ -297,7 +347,8 @@ class Bus:
     def send_reply(self, asker: str, client: str, payload: bytes) -> None:
         """Publish the encoded answer to an ask of ``client`` on node ``asker``."""
         topic = self._topic(topics.REPLY, {"asker": asker, "client": client})
-        self._send(topic, payload, retain=False, properties=None, timeout_s=10.0)
+        _check_size(topic, payload)
+        self._send(_Packet(topic, payload, False), timeout_s=10.0)
 
     def _say_event(self, event: Event) -> None:
         log.log(_LEVELS[event.severity], event.text)
@@ -311,46 +362,89 @@ class Bus:
     def _publish(self, row: MessageRow, message: msgspec.Struct, names: dict[str, str], *, timeout_s: float) -> None:
         topic = self._topic(row.topic, names)
         payload = codec.encode(message, source=self.source, row=row)
-        self._send(topic, payload, retain=row.topic.retain, properties=None, timeout_s=timeout_s)
+        _check_size(topic, payload)
+        self._send(_Packet(topic, payload, row.topic.retain), timeout_s=timeout_s)
 
     def _topic(self, topic: Topic, names: dict[str, str]) -> str:
         return _topic_of(topic, (("node", self.node), *names.items()))
 
-    def _send(
-        self, topic: str, payload: bytes, *, retain: bool, properties: Properties | None, timeout_s: float
-    ) -> None:
-        """Hand one packet to paho once the window has room. The only caller of paho's publish."""
-        if len(payload) + len(topic) + 512 > MAX_PACKET_BYTES:
-            raise MessageTooLarge(
-                f"publishing on {topic}: {len(payload):,} bytes, the broker takes {MAX_PACKET_BYTES:,}",
-                topic=topic,
-            )
-        network = threading.current_thread() is self._paho._thread
+    def _send(self, packet: _Packet, *, timeout_s: float) -> None:
+        """Send now if the window has room; else wait for it, or put the packet aside on a thread that must not."""
+        if self._must_not_wait():
+            with self._window:
+                if self._backlog or self._in_flight >= self._window_limit:
+                    self._put_aside(packet)
+                    return
+                self._in_flight += 1
+        elif not self._take_room(timeout_s):
+            self.counters.add("dropped.publish")
+            raise self._overloaded(packet.topic, timeout_s)
+        self._hand_over(packet, None)
+
+    def _take_room(self, timeout_s: float) -> bool:
+        """One place in the window; False when none came free in time."""
         with self._window:
-            # The network thread must never wait for itself: it may overshoot by what it answers.
-            if self._in_flight >= self._window_limit and not network:
-                self._window.wait_for(lambda: self._in_flight < self._window_limit, timeout_s)
-                if self._in_flight >= self._window_limit:
-                    self.counters.add("dropped.publish")
-                    raise Overloaded(
-                        f"publishing on {topic}: {self._in_flight} messages wait for the broker at {self.url} "
-                        f"and none was taken in {timeout_s:g} s",
-                        hint="is the broker reachable? `mindstream doctor` looks",
-                        topic=topic,
-                        reason="not connected" if not self.connected else "slow broker",
-                    )
+            if self._in_flight >= self._window_limit and not (
+                timeout_s > 0 and self._window.wait_for(lambda: self._in_flight < self._window_limit, timeout_s)
+            ):
+                return False
             self._in_flight += 1
-        info = self._paho.publish(topic, payload, 1, retain, properties)
+            return True
+
+    def _put_aside(self, packet: _Packet) -> None:
+        if self._backlog_bytes + len(packet.payload) > BACKLOG_BYTES or len(self._backlog) >= BACKLOG_MESSAGES:
+            self.counters.add("dropped.publish")
+            raise self._overloaded(packet.topic, 0.0)
+        self._backlog.append(packet)
+        self._backlog_bytes += len(packet.payload)
+
+    def _hand_over(self, packet: _Packet, properties: Properties | None) -> None:
+        """The only caller of paho's publish; a place in the window has been taken. Holds no lock of ours."""
+        info = self._paho.publish(packet.topic, packet.payload, 1, packet.retain, properties)
         if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
             self._window_free(1)
-            raise Overloaded(f"publishing on {topic}: the client library refused it: {info.rc.name}", topic=topic)
+            raise Overloaded(
+                f"publishing on {packet.topic}: the client library refused it: {info.rc.name}", topic=packet.topic
+            )
         self.counters.add("published")
 
+    def _overloaded(self, topic: str, timeout_s: float) -> Overloaded:
+        return Overloaded(
+            f"publishing on {topic}: {self._in_flight} messages wait for the broker at {self.url} "
+            f"and none was taken in {timeout_s:g} s",
+            hint="is the broker reachable? `mindstream doctor` looks",
+            topic=topic,
+            reason="slow broker" if self._connected.is_set() else "not connected",
+        )
+
+    def _on_network_thread(self) -> bool:
+        return threading.current_thread() is self._paho._thread
+
+    def _must_not_wait(self) -> bool:
+        """Whether this thread is one that the broker may be waiting for.
+
+        rumqttd sends no PUBACK to a client that owes it a hundred of its own: a handler that waited for the window
+        before its messages are acknowledged would wait for itself. What it sends is bounded by what it received.
+        """
+        return self._on_network_thread() or threading.current_thread() is self._dispatch.thread
+
     def _window_free(self, count: int) -> None:
+        """Give places back; the backlog takes them before anyone who waits."""
+        packets: list[_Packet] = []
         with self._window:
             self._in_flight -= count
-            if self._in_flight == self._window_limit - 1 or self._in_flight == 0:
+            while self._backlog and self._in_flight < self._window_limit:
+                packets.append(self._backlog.popleft())
+                self._backlog_bytes -= len(packets[-1].payload)
+                self._in_flight += 1
+            if self._in_flight < self._window_limit:
                 self._window.notify_all()
+        for packet in packets:
+            try:
+                self._hand_over(packet, None)
+            except MindstreamError as error:
+                self.counters.add("dropped.publish")
+                log.warning("%s", error)
 
     # --- hearing ------------------------------------------------------------------------------------------
 
@@ -398,12 +492,26 @@ class Bus:
     def _subscribe(self, filters: list[str]) -> None:
         if not self._connected.is_set():
             return
-        self._subscribed.clear()
-        result, packet_id = self._paho.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
-        if result == MQTTErrorCode.MQTT_ERR_SUCCESS and packet_id is not None:
-            self._unsubscribed.add(packet_id)
+        # The answer may come before the packet's id is noted: _on_subscribe waits for it.
+        with self._subscribing:
+            self._subscribed.clear()
+            result, packet_id = self._paho.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
+            if result == MQTTErrorCode.MQTT_ERR_SUCCESS and packet_id is not None:
+                self._unsubscribed.add(packet_id)
 
     # --- paho's callbacks, on its network thread ----------------------------------------------------------
+
+    def _guarded(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """An exception in a callback would end paho's network thread, and with it the bus, without a word."""
+
+        def call(*arguments: Any) -> None:
+            try:
+                callback(*arguments)
+            except Exception:
+                self.counters.add("failed.callback")
+                log.exception("%s: %s failed", self.source, callback.__name__)
+
+        return call
 
     def _on_connect(
         self,
@@ -418,13 +526,16 @@ class Bus:
             log.warning("connecting %s to %s: %s", self.source, self.url, self.refusal)
             return
         self.refusal = ""
-        self.connections = self._dispatch.ledger.open_connection()
+        self._dispatch.ledger.new_connection()
+        self.connections += 1
+        self._forget_old_asks()
         granted = getattr(properties, "ReceiveMaximum", 65_535) if properties is not None else 65_535
         with self._window:
             self._window_limit = min(PUBLISH_WINDOW, granted)
             self._window.notify_all()
+        with self._subscribing:
+            self._unsubscribed.clear()
         self._connected.set()
-        self._unsubscribed.clear()
         if self.connections > 1:
             self.counters.add("reconnected")
             if self._durable and not flags.session_present:
@@ -436,6 +547,17 @@ class Bus:
         self._subscribe(self._filters())
         self._asks.resend()
 
+    def _forget_old_asks(self) -> None:
+        """Take asks out of what paho is about to send again: it would send them with the time to live that they
+        had once. Every open ask is sent anew on a new connection, with what is left."""
+        with self._paho._out_message_mutex:
+            sent = self._paho._out_messages
+            old = [mid for mid, message in sent.items() if isinstance(message.properties, RequestProperties)]
+            for mid in old:
+                del sent[mid]
+        if old:
+            self._window_free(len(old))
+
     def _on_disconnect(
         self,
         _client: paho.Client,
@@ -446,6 +568,7 @@ class Bus:
     ) -> None:
         self._connected.clear()
         self._subscribed.clear()
+        self._dispatch.ledger.new_connection()
         if not self._stopping:
             self.counters.add("disconnected")
             log.warning("%s lost its connection to %s: %s", self.source, self.url, reason)
@@ -458,9 +581,10 @@ class Bus:
             self.refusal = f"the broker refused a subscription: {', '.join(refused)}"
             self.counters.add("refused.subscription", len(refused))
             self.events.report("subscription-refused", "error", f"{self.source}: {self.refusal}")
-        self._unsubscribed.discard(packet_id)
-        if not self._unsubscribed and not refused:
-            self._subscribed.set()
+        with self._subscribing:
+            self._unsubscribed.discard(packet_id)
+            if not self._unsubscribed and not refused:
+                self._subscribed.set()
 
     def _on_publish(self, _client: paho.Client, _data: Any, _mid: int, reason: ReasonCode, _properties: Any) -> None:
         self._window_free(1)

@@ -13,6 +13,10 @@ EVENT_INTERVAL_S = 1.0
 """Events of one name are at most one in this time; the count says how many there were."""
 
 
+MAX_TEXT = 500
+"""Characters of an event's text: whatever it quotes, the event fits its topic's limit."""
+
+
 class Counters:
     """Named counts since start. Thread-safe."""
 
@@ -53,7 +57,7 @@ class Events:
         """Report one happening; held back, and counted, when one of its name was said just before."""
         self._counters.add(f"event.{name}", count)
         with self._lock:
-            event = Event(name=name, severity=severity, text=text, count=count, error=error)
+            event = Event(name=name, severity=severity, text=text[:MAX_TEXT], count=count, error=error)
             if held := self._held.pop(name, None):
                 event.count += held.count
             if time.monotonic() - self._last_s.get(name, -EVENT_INTERVAL_S) < EVENT_INTERVAL_S:

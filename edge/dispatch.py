@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from edge.inbox import AckLedger, Inbox, Ticket
 from edge.replies import RUNNING, ReplyCache
 from protocol import codec, topics
 from protocol.codec import Received
-from protocol.errors import AskExpired, MessageTooLarge, MindstreamError, ProtocolError, to_wire
+from protocol.errors import AskExpired, Cancelled, MessageTooLarge, MindstreamError, ProtocolError, to_wire
 from protocol.messages import MESSAGES, MessageRow, row_of
 from protocol.topics import ParsedTopic
 
@@ -90,6 +89,11 @@ class Arrival:
     watchers: list[Callable[[str, bytes], None]] = field(default_factory=list)
 
 
+def _key(message: Received) -> str:
+    """An ask's key: its id is the asker's own, so another node's is another ask."""
+    return f"{message.node}/{message.id}"
+
+
 def remaining_ms(message: Received) -> int:
     """What is left of an ask's time to live, by this node's monotonic clock since its arrival."""
     return message.ttl_ms - int((time.monotonic() - message.received_s) * 1000)
@@ -125,10 +129,12 @@ class Dispatcher:
         self.durable_asks: DurableAsks | None = None
         self.ledger = AckLedger(send_ack)
         self.inbox: Inbox[Arrival] = Inbox(limit)
-        self._hearings: dict[str, list[Hearing]] = defaultdict(list)
-        self._heard_topics = {topics.REPLY.name}
-        self._watchers: list[tuple[str, Callable[[str, bytes], None]]] = []
-        self._replies = ReplyCache()
+        # Read by the network thread while others add and remove: every change makes new ones.
+        self._hearings: dict[str, tuple[Hearing, ...]] = {}
+        self._heard_topics = frozenset({topics.REPLY.name})
+        self._watchers: tuple[tuple[str, Callable[[str, bytes], None]], ...] = ()
+        self._changing = threading.Lock()
+        self._replies = ReplyCache(counters)
         self.thread = threading.Thread(target=self._run, name=f"{speaker.source} handlers", daemon=True)
 
     # --- who hears what -----------------------------------------------------------------------------------
@@ -141,27 +147,31 @@ class Dispatcher:
         if row.ask is not None:
             names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
         hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
-        self._hearings[row.type].append(hearing)
-        self._heard_topics.add(row.topic.name)
+        with self._changing:
+            self._hearings = {**self._hearings, row.type: (*self._hearings.get(row.type, ()), hearing)}
+            self._heard_topics |= {row.topic.name}
         return hearing
 
     def unhear(self, hearing: Hearing) -> None:
         """Remove a hearing; what it has in the inbox is still handled."""
-        self._hearings[hearing.row.type].remove(hearing)
+        with self._changing:
+            left = tuple(each for each in self._hearings[hearing.row.type] if each is not hearing)
+            self._hearings = {**self._hearings, hearing.row.type: left}
 
     def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
         """Add a raw watcher."""
-        self._watchers.append((filter, callback))
+        with self._changing:
+            self._watchers = (*self._watchers, (filter, callback))
 
     def again(self, name: str, payload: bytes, ttl_ms: int) -> bool:
         """Put a durable ask of an earlier process into the inbox; False when nobody here hears it any more."""
         received_s = time.monotonic()
-        hearing, message = self._read(name, payload, received_s, None)
+        hearing, message = self._read(name, payload, received_s, None, watched=False)
         if hearing is None or message is None:
             return False
         message.ttl_ms = ttl_ms
         arrival = Arrival(self.ledger.take(0), name, payload, hearing, message, journaled=True)
-        return self.inbox.offer(arrival, wait=False)
+        return self.inbox.offer(arrival, len(payload), wait=False)
 
     def filters(self) -> set[str]:
         """Every MQTT filter that hearings and watchers need."""
@@ -181,22 +191,29 @@ class Dispatcher:
         received_s = time.monotonic()
         ticket = self.ledger.take(packet_id)
         watchers = [callback for filter, callback in self._watchers if topic_matches_sub(filter, name)]
-        hearing, message = self._read(name, payload, received_s, expiry_s)
+        hearing: Hearing | None = None
+        message: Received | None = None
+        try:
+            hearing, message = self._read(name, payload, received_s, expiry_s, watched=bool(watchers))
+        except Exception:
+            # Nothing that comes may end the network thread, nor hold up the acknowledgements behind it.
+            self._counters.add("failed.receive")
+            log.exception("%s could not take a message on %s", self._speaker.source, name[:200])
         if hearing is None and not watchers:
             self.ledger.settle(ticket)
             return
         arrival = Arrival(ticket, name, payload, hearing, message, watchers=watchers)
-        if not self.inbox.offer(arrival, wait=packet_id > 0) and not packet_id:
+        if not self.inbox.offer(arrival, len(payload), wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")
         # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
 
     def _read(
-        self, name: str, payload: bytes, received_s: float, expiry_s: int | None
+        self, name: str, payload: bytes, received_s: float, expiry_s: int | None, *, watched: bool
     ) -> tuple[Hearing | None, Received | None]:
         try:
             topic = topics.parse(name)
         except ProtocolError as error:
-            if not self._watchers:
+            if not watched:
                 self._refuse(error, None, b"")
             return None, None
         if topic.topic.name not in self._heard_topics or (topic.topic.retain and not payload):
@@ -213,7 +230,7 @@ class Dispatcher:
         for hearing in self._hearings.get(message.type, ()):
             if all(value == "+" or topic.names[level] == value for level, value in hearing.names.items()):
                 if expiry_s is not None and message.row.ask is not None:
-                    message.ttl_ms = min(message.ttl_ms, expiry_s * 1000)
+                    message.ttl_ms = min(message.ttl_ms, max(1, expiry_s * 1000))
                 return hearing, message
         return None, None
 
@@ -268,6 +285,8 @@ class Dispatcher:
             results: Sequence[Reply]
             if hearing.batch > 1:
                 results = hearing.handler([arrival.message for arrival in arrivals]) or [None] * len(arrivals)
+                if len(results) != len(arrivals):
+                    raise ValueError(f"{len(results)} answers to {len(arrivals)} messages")
             else:
                 results = [hearing.handler(arrivals[0].message)]
         except MindstreamError as error:
@@ -313,7 +332,7 @@ class Dispatcher:
 
     def _is_new(self, arrival: Arrival, message: Received) -> bool:
         """Whether an ask comes for the first time; a repetition gets the answer that was given, or waits for it."""
-        known = self._replies.begin(message.id, message.ttl_ms)
+        known = self._replies.begin(_key(message), message.ttl_ms)
         if known is None and message.row.ask is not None and message.row.ask.durable and self.durable_asks is not None:
             if not arrival.journaled:
                 try:
@@ -347,7 +366,7 @@ class Dispatcher:
             self._counters.add(f"refused.{result.code}")
         if message.row.ask is not None:
             size_bytes = self._answer(arrival, message, result)
-            self._replies.finish(message.id, result, size_bytes)
+            self._replies.finish(_key(message), result, size_bytes)
         elif isinstance(result, MindstreamError):
             self._events.report(
                 "refused-message", "warning", f"{self._speaker.source}: {result}", error=to_wire(result)
@@ -355,7 +374,7 @@ class Dispatcher:
         self.ledger.settle(arrival.ticket)
 
     def _finish_deferred(self, arrival: Arrival, future: Future[Any]) -> None:
-        error = future.exception()
+        error = Cancelled("it was given up") if future.cancelled() else future.exception()
         if error is None:
             self._finish(arrival, future.result())
         else:
@@ -429,10 +448,17 @@ class Dispatcher:
         if not isinstance(result, MindstreamError):
             ask = MESSAGES[type].ask
             assert ask is not None
+            row = MESSAGES[ask.reply]
             try:
-                row = MESSAGES[ask.reply]
+                if not isinstance(result, row.struct):
+                    raise TypeError(f"the handler answered with {result.__class__.__name__}, not {row.struct.__name__}")
                 return codec.encode(result, source=self._speaker.source, row=row, correlation=correlation)
             except MessageTooLarge as error:
+                result = error
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                # A handler's mistake must neither end the handler thread nor leave the asker waiting.
+                self._counters.add("failed.handler")
+                log.exception("%s cannot answer %s", self._speaker.source, type)
                 result = error
         info = to_wire(result, topic=topic, type=type)
         return codec.encode(info, source=self._speaker.source, row=MESSAGES["error"], correlation=correlation)

@@ -44,13 +44,12 @@ class AckLedger:
         self.discarded = 0
         """Acknowledgements not sent because their connection is gone; the broker delivers those again."""
 
-    def open_connection(self) -> int:
-        """Forget what is owed to the connection before; its number for the new one's tickets."""
+    def new_connection(self) -> None:
+        """Forget what is owed to the connection before: called when it broke, and when the next one stands."""
         with self._lock:
             self.discarded += len(self._owed)
             self._owed.clear()
             self._connection += 1
-            return self._connection
 
     def take(self, packet_id: int) -> Ticket:
         """The ticket of a message that has just come by the present connection."""
@@ -83,30 +82,41 @@ class Inbox(Generic[T]):
 
     Args:
         limit: how many items may wait. What comes above it is refused, and the caller counts it.
+        limit_bytes: how many bytes they may hold together; a single larger item is taken when nothing waits.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, limit_bytes: int = 64 * 1024 * 1024) -> None:
         self.limit = limit
-        self._items: deque[T] = deque()
+        self.limit_bytes = limit_bytes
+        self._items: deque[tuple[T, int]] = deque()
+        self._bytes = 0
+        # One condition for both sides: never do both wait, since one needs it empty and the other full.
         self._ready = threading.Condition(threading.Lock())
         self._waiting = False
         self._closed = False
 
-    def offer(self, item: T, *, wait: bool) -> bool:
+    def offer(self, item: T, size_bytes: int = 0, *, wait: bool) -> bool:
         """Put ``item`` at the end; False when the queue is closed, or full and the caller would not ``wait``.
 
         Waiting holds the network thread back, and through TCP the broker: that is the last line of flow control,
         for a broker that sends more than the receive maximum it was granted.
         """
         with self._ready:
-            while wait and len(self._items) >= self.limit and not self._closed:
-                self._ready.wait(0.05)
-            if self._closed or len(self._items) >= self.limit:
+            while wait and not self._closed and self._full(size_bytes):
+                self._waiting = True
+                self._ready.wait()
+                self._waiting = False
+            if self._closed or self._full(size_bytes):
                 return False
-            self._items.append(item)
+            self._items.append((item, size_bytes))
+            self._bytes += size_bytes
             if self._waiting:
-                self._ready.notify()
+                self._ready.notify_all()
             return True
+
+    def _full(self, size_bytes: int) -> bool:
+        items = self._items
+        return bool(items) and (len(items) >= self.limit or self._bytes + size_bytes > self.limit_bytes)
 
     def take(self, at_most: int, timeout_s: float) -> list[T]:
         """Up to ``at_most`` items, oldest first; empty when none came in time or the queue is closed."""
@@ -116,7 +126,14 @@ class Inbox(Generic[T]):
                 self._ready.wait(timeout_s)
                 self._waiting = False
             items = self._items
-            return [items.popleft() for _ in range(min(at_most, len(items)))]
+            taken = []
+            for _ in range(min(at_most, len(items))):
+                item, size_bytes = items.popleft()
+                self._bytes -= size_bytes
+                taken.append(item)
+            if self._waiting:
+                self._ready.notify_all()
+            return taken
 
     def close(self) -> None:
         """Refuse further items and wake the handler; what waits can still be taken."""

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from edge.counters import Counters
 from protocol.errors import MindstreamError
 
 MARGIN_S = 30.0
@@ -27,11 +28,13 @@ class ReplyCache:
     """Ask id to answer, bounded in count and bytes; the oldest go first. Thread-safe.
 
     Args:
+        counters: ``dropped.reply_cache`` counts asks forgotten before their time; a repetition is carried out again.
         max_entries: how many asks are remembered.
         max_bytes: how many bytes of encoded answers, about.
     """
 
-    def __init__(self, max_entries: int = 20_000, max_bytes: int = 32 * 1024 * 1024) -> None:
+    def __init__(self, counters: Counters, max_entries: int = 20_000, max_bytes: int = 32 * 1024 * 1024) -> None:
+        self._counters = counters
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, _Answered] = OrderedDict()
@@ -45,6 +48,8 @@ class ReplyCache:
             known = self._entries.get(identifier)
             if known is not None and known.until_s > now_s:
                 return RUNNING if known.result is None else known.result
+            if known is not None:
+                self._bytes -= self._entries.pop(identifier).size_bytes
             self._entries[identifier] = _Answered(now_s + ttl_ms / 1000 + MARGIN_S)
             self._trim(now_s)
             return None
@@ -55,6 +60,7 @@ class ReplyCache:
             known = self._entries.get(identifier)
             if known is None:
                 return
+            self._bytes -= known.size_bytes
             if size_bytes > MAX_KEPT_BYTES:
                 del self._entries[identifier]
                 return
@@ -68,6 +74,8 @@ class ReplyCache:
             oldest = next(iter(entries.values()))
             if oldest.until_s > now_s and len(entries) <= self._max_entries and self._bytes <= self._max_bytes:
                 return
+            if oldest.until_s > now_s:
+                self._counters.add("dropped.reply_cache")
             self._bytes -= oldest.size_bytes
             entries.popitem(last=False)
 

@@ -214,24 +214,31 @@ BY_CODE: dict[str, type[MindstreamError]] = _tree(MindstreamError)
 
 
 def to_wire(error: BaseException, *, topic: str = "", type: str = "") -> ErrorInfo:
-    """The wire form of any exception; one outside the tree becomes ``error`` with its class named."""
+    """The wire form of any exception; one outside the tree becomes ``error`` with its class named.
+
+    Long texts are cut, so that every error fits the limit of its row, whatever it quotes.
+    """
     if isinstance(error, MindstreamError):
         return ErrorInfo(
             code=error.code,
-            message=error.message,
-            hint=error.hint,
-            topic=error.topic or topic,
-            type=error.type or type,
-            field=error.field,
-            reason=error.reason,
+            message=_cut(error.message, 1_500),
+            hint=_cut(error.hint, 400),
+            topic=_cut(error.topic or topic, 512),
+            type=_cut(error.type or type, 80),
+            field=_cut(error.field, 200),
+            reason=_cut(error.reason, 400),
         )
     return ErrorInfo(
         code=MindstreamError.code,
-        message=f"unexpected {error.__class__.__name__}: {error}",
-        topic=topic,
-        type=type,
+        message=_cut(f"unexpected {error.__class__.__name__}: {error}", 1_500),
+        topic=_cut(topic, 512),
+        type=_cut(type, 80),
         reason=error.__class__.__name__,
     )
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def from_wire(info: ErrorInfo, *, remote: str = "") -> MindstreamError:
