@@ -20,7 +20,7 @@ SHARED = CHECKOUT.parent / "shared"
 NEEDS_SHARED = "needs ../shared"
 """A skip for want of the shared folder starts its reason with this: the summary lists them."""
 
-_RUN_MARK = "MINDSTREAM_TEST_RUN"
+_RUN_MARK = "TEST_RUN_OF_MINDSTREAM"
 _LEFT_BEHIND_DEADLINE_S = 5.0
 _left_behind = pytest.StashKey[list[str]]()
 
