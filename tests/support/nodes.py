@@ -1,0 +1,143 @@
+"""Real nodes for tests: a data folder, a configuration, a supervisor process, trust among them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import apsw
+
+from broker.child import spawn
+from edge.bus import Bus
+from edge.keys import Peers, load_or_create_identity
+from protocol.codec import Received
+from protocol.messages import NodeState, ServiceState
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MEMORY_SERVICES = ("memory_store", "sync_bridge")
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+    """Wait until ``condition()`` is true; fail naming ``what`` when it is not in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+class Node:
+    """One node of this test."""
+
+    def __init__(self, folder: Path, name: str, broker_url: str, services: Sequence[str], extra_toml: str = "") -> None:
+        self.name = name
+        self.data_dir = folder / name
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        self.config = folder / f"{name}.toml"
+        self.config.write_text(
+            f'[node]\nname = "{name}"\ndata_dir = "{self.data_dir}"\n'
+            f'[broker]\nurl = "{broker_url}"\n'
+            f"[services]\nenabled = {list(services)!r}\n{extra_toml}"
+        )
+        self.identity = load_or_create_identity(self.data_dir, name)
+        self.peers = Peers(self.data_dir, self.identity)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start its supervisor."""
+        with (self.data_dir / "stderr.log").open("ab") as log:
+            self.process = spawn(
+                [sys.executable, "-m", "edge.supervisor", "--config", str(self.config)],
+                cwd=CHECKOUT,
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        """kill -9 of the supervisor; its services die with it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(30)
+
+    @property
+    def log(self) -> str:
+        """What its processes printed."""
+        return (self.data_dir / "stderr.log").read_text(errors="replace")
+
+    def memories(self) -> list[tuple[str, str]]:
+        """(id, text) of every memory in its database, as another process sees it."""
+        connection = apsw.Connection(
+            str(self.data_dir / "memory_store" / "memory.db"), flags=apsw.SQLITE_OPEN_READONLY
+        )
+        try:
+            return list(connection.execute("SELECT id, text FROM memories"))
+        finally:
+            connection.close()
+
+
+class Watcher:
+    """A client that knows every node's and service's last state."""
+
+    def __init__(self, broker_url: str, name: str = "watcher") -> None:
+        self.nodes: dict[str, NodeState] = {}
+        self.services: dict[tuple[str, str], ServiceState] = {}
+        self.bus = Bus(url=broker_url, node="tester", client=name)
+        self.bus.hear(NodeState, self._node)
+        self.bus.hear(ServiceState, self._service)
+        self.bus.start(20.0)
+
+    def _node(self, message: Received) -> None:
+        self.nodes[message.node] = message.data
+
+    def _service(self, message: Received) -> None:
+        self.services[message.node, message.topic.names["service"]] = message.data
+
+    def state(self, node: str, service: str) -> str:
+        """The last state that was said."""
+        found = self.services.get((node, service))
+        return found.state if found else ""
+
+    def wait_ready(self, node: str, services: Sequence[str], timeout_s: float = 30.0) -> None:
+        """Wait until all ``services`` of ``node`` are ready."""
+        for service in services:
+            wait_for(lambda s=service: self.state(node, s) == "ready", f"{node}/{service} is not ready", timeout_s)  # type: ignore[misc]
+
+    def kill_service(self, node: str, service: str) -> None:
+        """kill -9 of one service's process."""
+        found = self.services.get((node, service))
+        if found is not None and found.pid:
+            try:
+                os.kill(found.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it was killed just before, and its successor has not spoken yet
+
+
+@contextmanager
+def two_nodes(
+    folder: Path, broker_url: str, services: Sequence[str] = MEMORY_SERVICES, extra_toml: str = ""
+) -> Iterator[tuple[Node, Node]]:
+    """``tomato`` and ``sprout``, trusting each other, started; stopped at the end."""
+    nodes = tuple(Node(folder, name, broker_url, services, extra_toml) for name in ("tomato", "sprout"))
+    for node in nodes:
+        for other in nodes:
+            if node is not other:
+                node.peers.trust(other.name, other.identity.fingerprint)
+    try:
+        for node in nodes:
+            node.start()
+        yield nodes[0], nodes[1]
+    finally:
+        for node in nodes:
+            if node.process is not None and node.process.poll() is None:
+                node.stop()
