@@ -175,7 +175,11 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
         raise malformed("total_bytes", f"{manifest.total_bytes:,} is not the sum of the chunks")
     if manifest.total_bytes > MAX_SNAPSHOT_BYTES:
         raise malformed("total_bytes", f"{manifest.total_bytes:,}, limit {MAX_SNAPSHOT_BYTES:,}")
-    if len(manifest.tokens) % 4 or len(manifest.tokens) // 4 != manifest.cached_tokens + 1:
+    if (
+        manifest.cached_tokens < 0
+        or len(manifest.tokens) % 4
+        or len(manifest.tokens) // 4 != manifest.cached_tokens + 1
+    ):
         raise malformed(
             "tokens",
             f"{len(manifest.tokens)} bytes for {manifest.cached_tokens} cached tokens and a pending one",
