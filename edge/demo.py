@@ -51,6 +51,8 @@ PROOF_TOKENS = 64
 READY_TIMEOUT_S = 180.0
 """Converting the model takes a minute on a slow machine, once."""
 ASK_TTL_MS = 120_000
+TURNS = (("What is the capital of France?", 64), ("Tell me a story about a robot in Paris.", 48))
+"""What is said to tomato, and how many tokens it may answer: the second answer is cut in mid-sentence."""
 MEMORY = "The spare key is under the blue flower pot by the back door."
 QUESTION = "where is the spare key"
 
@@ -247,11 +249,11 @@ def _say(bus: Bus, node: str, ask: ModelGenerate, show: Callable[[str], None]) -
 
 def _talk(tour: Tour, bus: Bus, conversation: str) -> None:
     console = tour.console
-    for text, limit in (("What is the capital of France?", 64), ("Tell me a story about a robot there.", 48)):
+    for text, limit in TURNS:
         console.print(f"\n[cyan]you[/cyan]     {text}")
         console.print("[red]tomato[/red]  ", end="")
         started_s = time.monotonic()
-        ask = ModelGenerate(conversation, [ChatMessage("user", text)], max_new_tokens=limit, temperature=0.7, seed=7)
+        ask = ModelGenerate(conversation, [ChatMessage("user", text)], max_new_tokens=limit, temperature=0.2, seed=7)
         done = _say(bus, "tomato", ask, lambda piece: console.print(piece, end="", markup=False, highlight=False))
         took_ms = (time.monotonic() - started_s) * 1000
         tour.timings_ms[f"tomato: {text}"] = took_ms
