@@ -256,6 +256,7 @@ class Dispatcher:
                     while end < last and arrivals[end].hearing is hearing:
                         end += 1
                 self._handle(arrivals[start:end])
+                self.inbox.done(end - start)
                 start = end
 
     def _handle(self, arrivals: list[Arrival]) -> None:

@@ -80,6 +80,8 @@ class AckLedger:
 class Inbox(Generic[T]):
     """A bounded queue that is emptied in runs, so that a busy handler pays for one lock, not for one a message.
 
+    One thread offers and waits, one takes. What was taken still counts until it is ``done``.
+
     Args:
         limit: how many items may wait. What comes above it is refused, and the caller counts it.
         limit_bytes: how many bytes they may hold together; a single larger item is taken when nothing waits.
@@ -90,9 +92,12 @@ class Inbox(Generic[T]):
         self.limit_bytes = limit_bytes
         self._items: deque[tuple[T, int]] = deque()
         self._bytes = 0
-        # One condition for both sides: never do both wait, since one needs it empty and the other full.
-        self._ready = threading.Condition(threading.Lock())
-        self._waiting = False
+        self._in_hand = 0
+        lock = threading.Lock()
+        self._ready = threading.Condition(lock)
+        self._room = threading.Condition(lock)
+        self._taker_waits = False
+        self._offerer_waits = False
         self._closed = False
 
     def offer(self, item: T, size_bytes: int = 0, *, wait: bool) -> bool:
@@ -103,43 +108,49 @@ class Inbox(Generic[T]):
         """
         with self._ready:
             while wait and not self._closed and self._full(size_bytes):
-                self._waiting = True
-                self._ready.wait()
-                self._waiting = False
+                self._offerer_waits = True
+                self._room.wait(0.05)  # done() takes no lock, so it may miss that we wait
+                self._offerer_waits = False
             if self._closed or self._full(size_bytes):
                 return False
             self._items.append((item, size_bytes))
             self._bytes += size_bytes
-            if self._waiting:
-                self._ready.notify_all()
+            if self._taker_waits:
+                self._ready.notify()
             return True
 
     def _full(self, size_bytes: int) -> bool:
-        items = self._items
-        return bool(items) and (len(items) >= self.limit or self._bytes + size_bytes > self.limit_bytes)
+        return len(self) >= self.limit or (bool(self._items) and self._bytes + size_bytes > self.limit_bytes)
 
     def take(self, at_most: int, timeout_s: float) -> list[T]:
         """Up to ``at_most`` items, oldest first; empty when none came in time or the queue is closed."""
         with self._ready:
             if not self._items and not self._closed:
-                self._waiting = True
+                self._taker_waits = True
                 self._ready.wait(timeout_s)
-                self._waiting = False
+                self._taker_waits = False
             items = self._items
             taken = []
             for _ in range(min(at_most, len(items))):
                 item, size_bytes = items.popleft()
                 self._bytes -= size_bytes
                 taken.append(item)
-            if self._waiting:
-                self._ready.notify_all()
+            self._in_hand += len(taken)
             return taken
 
+    def done(self, count: int) -> None:
+        """``count`` of those taken are handled; called by the taking thread alone."""
+        self._in_hand -= count
+        if self._offerer_waits:
+            with self._room:
+                self._room.notify()
+
     def close(self) -> None:
-        """Refuse further items and wake the handler; what waits can still be taken."""
+        """Refuse further items and wake both sides; what waits can still be taken."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
+            self._room.notify_all()
 
     @property
     def closed(self) -> bool:
@@ -147,4 +158,5 @@ class Inbox(Generic[T]):
         return self._closed and not self._items
 
     def __len__(self) -> int:
-        return len(self._items)
+        """Items that wait or are in the handler's hands."""
+        return len(self._items) + self._in_hand
