@@ -22,7 +22,7 @@ import msgspec
 from edge.bus import Bus
 from edge.files import storage_errors, write_atomically
 from protocol.codec import Received
-from protocol.errors import AskExpired, BadSignature, BlobError, MindstreamError, NotFound, Overloaded
+from protocol.errors import UNREADABLE, AskExpired, BadSignature, BlobError, MindstreamError, NotFound, Overloaded
 from protocol.ids import uuid7
 from protocol.manifest import ChunkRef, SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
 from protocol.messages import BlobChunk, BlobPull, BlobPulling
@@ -86,7 +86,7 @@ class SnapshotStore:
             body = path.read_bytes()
         try:
             signed = msgspec.msgpack.decode(body, type=SignedManifest)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise BlobError(f"reading the manifest {path}: {error}", hint="remove it and save again") from None
         if snapshot_id(signed) != identifier:
             raise BlobError(f"reading the manifest {path}: its content is not what its name says", hint="remove it")

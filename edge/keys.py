@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from edge.files import storage_errors, write_atomically
-from protocol.errors import StorageError, TrustError
+from protocol.errors import UNREADABLE, StorageError, TrustError
 from protocol.identity import Identity, Keyring, public_key_of
 from protocol.ids import check_name
 
@@ -106,7 +106,7 @@ class Peers:
                 return {}
         try:
             return msgspec.json.decode(body, type=dict[str, str])
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise StorageError(
                 f"reading {self._path}: {error}", hint="mend the JSON, or remove it and trust again"
             ) from None

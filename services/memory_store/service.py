@@ -75,6 +75,7 @@ class MemoryStore(Service):
         if self._speaker.is_alive():
             self._speaker.join(5.0)
         self._readers.shutdown(cancel_futures=True)
+        self.log.flush()
         self.db.close()
 
     def details(self) -> dict[str, Any]:
@@ -103,7 +104,8 @@ class MemoryStore(Service):
     def recall(self, message: Received) -> Deferred:
         """Text recall, on the reader thread: it must not hold up puts."""
         ask: MemoryRecall = message.data
-        return self._read(lambda: recall(self.db, ask.query, ask.limit))
+        own = message.node == self.node
+        return self._read(lambda: recall(self.db, ask.query, ask.limit, include_private=own))
 
     @hears(MemoryVectorAsk)
     def have(self, _message: Received) -> Deferred:
