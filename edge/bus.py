@@ -61,7 +61,7 @@ QUICK_ACK_BELOW = 4
 """With fewer messages under way than this, latency counts more than the system call."""
 PUBLISH_WINDOW = 256
 """Publishes under way without a PUBACK; a broker that grants less sets it lower. Beyond it, say() waits."""
-BACKLOG_MESSAGES = 10_000
+BACKLOG_MESSAGES = 50_000
 BACKLOG_BYTES = 64 * 1024 * 1024
 """What may wait of those that must not wait themselves: answers, and what handlers say."""
 

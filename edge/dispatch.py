@@ -470,4 +470,4 @@ class Dispatcher:
             self._speaker.send_reply(asker, client, payload)
         except MindstreamError as error:
             self._counters.add("dropped.reply")
-            log.warning("answering %s of %s/%s: %s", type, asker, client, error)
+            self._events.report("reply-dropped", "warning", f"answering {type} of {asker}/{client[:63]}: {error}")

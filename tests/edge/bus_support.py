@@ -56,7 +56,7 @@ class Answers:
         return stored(message.id, seq=len(self.texts))
 
 
-def envelope(type: str, data: Any, *, source: str = "mars/raw", **changes: Any) -> bytes:
+def envelope(type: str, data: Any, /, *, source: str = "mars/raw", **changes: Any) -> bytes:
     """An envelope as another program would write it, with ``changes``; a field set to ... is left out."""
     fields = {"v": 1, "id": uuid7(), "type": type, "source": source, "time_us": time.time_ns() // 1000, "data": data}
     fields.update(changes)
