@@ -8,6 +8,7 @@ Secrets are never values: a key names the file that holds one.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -32,7 +33,6 @@ else:
 ENV_PREFIX = "MINDSTREAM_"
 ENV_OTHER = frozenset({"MINDSTREAM_CONFIG", "MINDSTREAM_MODELS"})
 """Variables with the prefix that are no overrides."""
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
@@ -92,7 +92,15 @@ class BrokerConfig(msgspec.Struct, forbid_unknown_fields=True):
         if path is None:
             return ""
         try:
-            return path.read_text().strip()
+            mode = path.stat().st_mode
+            if self.password_file and mode & 0o007:
+                raise ConfigError(
+                    f"reading the broker's password from {path}: every user of this machine may read it",
+                    hint=f"chmod o-rwx {path}",
+                    field="broker.password_file",
+                    reason="unsafe mode",
+                )
+            return path.read_text().rstrip("\r\n")
         except OSError as error:
             raise ConfigError(
                 f"reading the broker's password from {path}: {error.strerror}",
@@ -204,86 +212,185 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 }
 
 
-def find_config() -> Path | None:
-    """The first mindstream.toml of the search path, or None."""
-    named = os.environ.get("MINDSTREAM_CONFIG")
-    if named:
-        return Path(named)
+PATH_KEYS = ("node.data_dir", "broker.password_file", "broker.ca_file", "model.folders")
+"""Keys that hold paths: relative ones are taken from the folder of the file that they stand in."""
+
+
+def search_path() -> list[Path]:
+    """Where mindstream.toml is looked for when none is given, first to last."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    places = (Path("mindstream.toml"), home / "mindstream" / "mindstream.toml", Path("/etc/mindstream/mindstream.toml"))
-    return next((path for path in places if path.is_file()), None)
+    return [Path("mindstream.toml"), home / "mindstream" / "mindstream.toml", Path("/etc/mindstream/mindstream.toml")]
+
+
+def find_config() -> Path | None:
+    """``$MINDSTREAM_CONFIG``, or the first mindstream.toml of the search path, or None."""
+    named = os.environ.get("MINDSTREAM_CONFIG")
+    return Path(named) if named else next((path for path in search_path() if path.is_file()), None)
 
 
 def load_config(path: Path | None = None, environ: Mapping[str, str] | None = None) -> Config:
     """The configuration of ``path``, or of the first file found, or the defaults; with overrides applied.
 
-    Raises ConfigError, naming file, key and what would be right.
+    Raises ConfigError, naming file and line (or the variable), key, and what would be right.
     """
-    path = path or find_config()
-    where = str(path) if path else "the defaults"
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"reading {path}: {error.strerror}", hint="give an existing file with --config") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"reading {path}: {error}", hint="mend the TOML there", reason="not TOML") from None
-    _check_keys(tree, where)
-    _override(tree, os.environ if environ is None else environ)
+    source = _Source(path or find_config())
+    tree = source.read()
+    for section in tree:
+        source.check_section(section, tree[section])
+    source.override(tree, os.environ if environ is None else environ)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         text, _, key = str(error).partition(" - at `$.")
         key = key.rstrip("`") or "?"
-        raise ConfigError(
-            f"reading {where}: {key}: {_plain(text)}",
-            hint="docs/configuration.md lists every key",
-            field=key,
-            reason=text,
+        raise source.error(
+            key, f"{key} is not right: {_plain(text)}", hint="docs/configuration.md lists every key", reason=text
         ) from None
     config.node.name = config.node.name or default_node_name()
-    _check_values(config, where)
+    _check_services(config, source)
+    _check_url(config, source)
+    source.resolve_paths(config)
+    if config.broker.ca_file and not Path(config.broker.ca_file).is_file():
+        raise source.error("broker.ca_file", f"broker.ca_file: there is no file {config.broker.ca_file}")
     return config
 
 
-def _check_keys(tree: dict[str, Any], where: str) -> None:
-    for section, keys in tree.items():
-        if section not in SECTIONS:
-            raise _unknown(where, section, SECTIONS, "section")
-        if not isinstance(keys, dict):
-            raise ConfigError(f"reading {where}: {section} is a section: write [{section}]", field=section)
-        fields = SECTIONS[section].__struct_fields__
-        for key in keys:
-            if key not in fields:
-                raise _unknown(where, f"{section}.{key}", [f"{section}.{field}" for field in fields], "key")
+def to_toml(config: Config) -> str:
+    """``config`` as a mindstream.toml, every key with its value in force."""
+    lines = []
+    for section in SECTIONS:
+        values = msgspec.to_builtins(getattr(config, section))
+        lines.append(f"[{section}]")
+        # JSON's strings, numbers, booleans and flat arrays are TOML's as well.
+        lines += [
+            f"{key} = {msgspec.json.encode(value).decode()}" for key, value in values.items() if value is not None
+        ]
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
 
 
-def _unknown(where: str, key: str, valid: Any, what: str) -> ConfigError:
-    everything = [f"{section}.{field}" for section, struct in SECTIONS.items() for field in struct.__struct_fields__]
-    near = difflib.get_close_matches(key, list(valid), 1, 0.4) or difflib.get_close_matches(key, everything, 1, 0.4)
-    return ConfigError(
-        f"reading {where}: unknown {what} {key}",
-        hint=f"the nearest is {near[0]}" if near else f"the {what}s are {', '.join(valid)}",
-        field=key,
-        reason="unknown",
-    )
+class _Source:
+    """Where values come from: a file and variables of the environment; says so in errors."""
 
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._text = ""
+        self._variables: dict[str, str] = {}
+        """Key to the variable that overrides it."""
 
-def _override(tree: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Put MINDSTREAM_SECTION__KEY variables into ``tree``; their values are TOML, or plain text."""
-    for name, text in environ.items():
-        if not name.startswith(ENV_PREFIX) or name in ENV_OTHER:
-            continue
-        section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        _check_keys({section: {key: None}} if key else {section: {}}, f"the environment variable {name}")
-        if not key:
-            raise ConfigError(f"reading {name}: an override is MINDSTREAM_SECTION__KEY", field=name)
+    def read(self) -> dict[str, Any]:
+        """The file's tables; nothing without a file."""
+        path = self.path
+        if path is None:
+            return {}
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        tree.setdefault(section, {})[key] = value
+            self._text = path.read_text(encoding="utf-8")
+            tree: dict[str, Any] = tomllib.loads(self._text)
+        except OSError as error:
+            raise ConfigError(
+                f"reading {path}: {error.strerror}",
+                hint="name an existing file with --config or MINDSTREAM_CONFIG",
+                reason=str(error.strerror),
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"reading {path}: {error}", hint="mend the TOML there", reason="not TOML") from None
+        return tree
+
+    def error(self, key: str, problem: str, *, hint: str = "", reason: str = "", variable: str = "") -> ConfigError:
+        """What is wrong with ``key``, and where it stands."""
+        variable = variable or self._variables.get(".".join(re.split(r"[.\[]", key)[:2]), "")
+        if variable:
+            where = f"the environment variable {variable}"
+        elif self.path is None:
+            where = "the defaults"
+        else:
+            line = self._line_of(key)
+            where = f"{self.path}, line {line}" if line else str(self.path)
+        return ConfigError(f"reading {where}: {problem}", hint=hint, field=key, reason=reason)
+
+    def check_section(self, section: str, keys: Any, variable: str = "") -> None:
+        """Refuse sections and keys that no struct has."""
+        if section not in SECTIONS:
+            raise self.unknown(section, list(SECTIONS), "section", variable)
+        if not isinstance(keys, dict):
+            raise self.error(
+                section,
+                f"{section} is a section, not a key",
+                hint=f"write [{section}], and its keys below it",
+                variable=variable,
+            )
+        valid = [f"{section}.{field}" for field in SECTIONS[section].__struct_fields__]
+        for key in keys:
+            if f"{section}.{key}" not in valid:
+                raise self.unknown(f"{section}.{key}", valid, "key", variable)
+
+    def unknown(self, key: str, valid: list[str], what: str, variable: str = "") -> ConfigError:
+        """The error for a name that is none of ``valid``, with the nearest that is."""
+        everything = [f"{name}.{field}" for name, struct in SECTIONS.items() for field in struct.__struct_fields__]
+        near = difflib.get_close_matches(key, valid, 1, 0.5) or difflib.get_close_matches(key, everything, 1, 0.6)
+        return self.error(
+            key,
+            f"unknown {what} {key}",
+            hint=f"the nearest is {near[0]}" if near else f"there are {', '.join(valid)}",
+            reason="unknown",
+            variable=variable,
+        )
+
+    def override(self, tree: dict[str, Any], environ: Mapping[str, str]) -> None:
+        """Put MINDSTREAM_SECTION__KEY variables into ``tree``; their values are TOML, or plain text."""
+        for name, text in environ.items():
+            if not name.startswith(ENV_PREFIX) or name in ENV_OTHER:
+                continue
+            section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+            self.check_section(section, {key: None} if key else {}, variable=name)
+            if not key:
+                raise self.error(
+                    section,
+                    f"{name} names a section only",
+                    hint=f"an override is {name}__KEY",
+                    variable=name,
+                )
+            try:
+                value = tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                value = text
+            if get_type_hints(SECTIONS[section])[key] is str and not isinstance(value, str):
+                value = text  # a file named 1883 is no number
+            tree.setdefault(section, {})[key] = value
+            self._variables[f"{section}.{key}"] = name
+
+    def resolve_paths(self, config: Config) -> None:
+        """Make the paths of PATH_KEYS absolute."""
+        for dotted in PATH_KEYS:
+            section, _, key = dotted.partition(".")
+            beside_file = self.path is not None and dotted not in self._variables
+            base = self.path.parent if beside_file and self.path is not None else Path()
+            part = getattr(config, section)
+            value = getattr(part, key)
+            if isinstance(value, list):
+                setattr(part, key, [_absolute(each, base) for each in value])
+            elif value:
+                setattr(part, key, _absolute(value, base))
+
+    def _line_of(self, dotted: str) -> int | None:
+        """The line of a key (or of its section) in the file, from 1."""
+        wanted_section, _, wanted_key = dotted.partition(".")
+        wanted_key = re.split(r"[.\[]", wanted_key)[0]
+        section = ""
+        for number, line in enumerate(self._text.splitlines(), start=1):
+            if header := re.match(r"\s*\[+\s*([^\]\s]+)\s*\]", line):
+                section = header.group(1).strip("\"'")
+                if section == wanted_section and not wanted_key:
+                    return number
+            elif assignment := re.match(r"\s*([^=\s]+)\s*=", line):
+                key = assignment.group(1).strip("\"'")
+                if (section, key) == (wanted_section, wanted_key) or f"{section}.{key}".lstrip(".") == dotted:
+                    return number
+        return None
+
+
+def _absolute(text: str, base: Path) -> str:
+    return str((base / Path(text).expanduser()).absolute())
 
 
 def _plain(text: str) -> str:
@@ -291,30 +398,47 @@ def _plain(text: str) -> str:
     return text.replace("Expected `", "it must be `").replace("got `", "it is `")
 
 
-def _check_values(config: Config, where: str) -> None:
+def _check_services(config: Config, source: _Source) -> None:
     for name in config.services.enabled or []:
         if name not in BY_NAME:
-            raise _unknown(where, name, list(BY_NAME), "service")
+            error = source.unknown(name, list(BY_NAME), "service")
+            raise source.error("services.enabled", f"services.enabled: unknown service {name}", hint=error.hint)
+
+
+def _check_url(config: Config, source: _Source) -> None:
     url = config.broker.url
-    if url:
-        parts = urlsplit(url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-            raise ConfigError(
-                f"reading {where}: broker.url {url!r} is not mqtt://host:port or mqtts://host:port", field="broker.url"
-            )
-        if parts.password:
-            raise ConfigError(
-                f"reading {where}: broker.url holds a password",
-                hint="put it into a file and name that in broker.password_file",
-                field="broker.url",
-            )
-        if parts.scheme == "mqtt" and parts.hostname not in LOOPBACK:
-            raise ConfigError(
-                f"reading {where}: broker.url {url!r} leaves this machine without TLS",
-                hint=f"use mqtts://{parts.hostname}:{parts.port or 8883}",
-                field="broker.url",
-                reason="no TLS",
-            )
+    if not url:
+        return
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or port == -1 or parts.path.strip("/"):
+        raise source.error(
+            "broker.url", f"broker.url {url!r} is not mqtt://host:port or mqtts://host:port", reason="not a URL"
+        )
+    if parts.username or parts.password:
+        raise source.error(
+            "broker.url",
+            "broker.url holds a name or password",
+            hint="put the name into broker.username, the password into a file, and name that in broker.password_file",
+            reason="a secret in the configuration",
+        )
+    if parts.scheme == "mqtt" and not _is_loopback(parts.hostname):
+        raise source.error(
+            "broker.url",
+            f"broker.url {url!r} leaves this machine without TLS",
+            hint=f"use mqtts://{parts.hostname}:{port or 8883}",
+            reason="no TLS",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _credential(name: str) -> Path | None:

@@ -15,6 +15,7 @@ import apsw
 import msgspec
 from blake3 import blake3
 
+from edge.clock_sync import ClockSync
 from edge.db import Database, fetch_one, fetch_value
 from protocol.clock import HybridLogicalClock
 from protocol.entries import (
@@ -49,7 +50,6 @@ from services.memory_store.chain import (
     origin_rows,
     save_origin,
 )
-from services.memory_store.clock_sync import ClockSync
 from services.memory_store.merge import Gap, Merge, Merger, find_gaps
 
 MAX_RANGE_ENTRIES = 5_000

@@ -1,0 +1,75 @@
+"""The command bench."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from edge.cli.context import load, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge.config import Config
+
+BENCHMARKS = ("bus", "model", "start")
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(BENCHMARKS)}.", metavar="NAME")],
+    json: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 too
+        typer.Option("--json", metavar="FILE", help="Write the figures there as one flat JSON object; - is stdout."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short run: shows that it works, its figures mean little.")
+    ] = False,
+) -> None:
+    """Measure this machine. Ratios compare two things that were run alternately in the same call."""
+    if name not in BENCHMARKS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(BENCHMARKS)}", param_hint="NAME")
+    module = importlib.import_module(f"bench.{name}")
+
+    def progress(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    figures = _model(module, load(), quick, progress) if name == "model" else module.run(quick=quick, progress=progress)
+    if json is not None:
+        _write(json, figures)
+    if json != Path("-"):
+        print_table(("figure", name), [[key, _shown(value)] for key, value in figures.items()])
+
+
+def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    from edge.models import ensure
+
+    folders = [Path(folder) for folder in config.model.folders]
+    folder = ensure(config.model.name, on_progress=progress, folders=folders).folder
+    settings = config.model
+    device = "cpu" if settings.device == "auto" else settings.device
+    options = module.Options(folder, device=device, dtype=settings.dtype, threads=settings.threads, quick=quick)
+    figures: dict[str, Any] = module.run(options, progress)
+    return figures
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    import msgspec
+
+    from edge.files import storage_errors
+
+    body = msgspec.json.format(msgspec.json.encode(figures), indent=2) + b"\n"
+    if path == Path("-"):
+        sys.stdout.write(body.decode())
+        return
+    with storage_errors(f"writing {path}"):
+        path.write_bytes(body)

@@ -1,0 +1,228 @@
+"""`mindstream doctor`: what this node has, what it lacks, and what to type next. Changes nothing it can help.
+
+Each check stands alone: one that fails does not hide the next. A check that cannot be made says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from broker.base import answers_connect
+from edge.clock_sync import read_clock_synced
+from edge.config import Config, find_config, load_config
+from edge.files import storage_errors
+from edge.hardware import describe
+from edge.models import find
+from edge.node_lock import running_in
+from edge.process import free_bytes
+from edge.service_table import SERVICES, missing_packages
+from edge.supervisor import MIN_FREE_BYTES
+from protocol.errors import ConfigError, MindstreamError, NotConnected
+from protocol.identity import fingerprint_of
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+LOW_FREE_BYTES = 1024**3
+"""Snapshots are tens of megabytes each: with less than this a node is soon full."""
+BROKER_TIMEOUT_S = 5.0
+CORE_PACKAGES = ("apsw", "blake3", "cryptography", "iotcore", "msgpack", "msgspec", "paho", "psutil", "rich", "typer")
+EXTRAS = {
+    "model": ("accelerate", "gguf", "numpy", "safetensors", "torch", "transformers"),
+    "edge": ("cv2", "numpy", "onnxruntime", "sounddevice"),
+}
+"""Extra of pyproject.toml to what it must make importable."""
+
+
+class Check(msgspec.Struct):
+    """What was looked at."""
+
+    name: str
+    verdict: str
+    """``ok``, ``warning`` (the node runs without it) or ``failed`` (it does not)."""
+    found: str
+    next_step: str = ""
+    """What to type or to change; empty when nothing is wrong."""
+
+
+def examine(config_path: Path | None = None) -> list[Check]:
+    """All checks, in the order in which they are best mended."""
+    checks = [_python(), _core(), *_extras()]
+    try:
+        config = load_config(config_path)
+    except MindstreamError as error:
+        return [*checks, Check("configuration", FAILED, error.message, error.hint)]
+    path = config_path or find_config()
+    checks.append(Check("configuration", OK, str(path) if path else "no file: the defaults"))
+    for name, check in _CHECKS.items():
+        try:
+            checks.append(check(config))
+        except MindstreamError as error:
+            checks.append(Check(name, FAILED, error.message, error.hint))
+    return checks
+
+
+def _python() -> Check:
+    found = f"Python {platform.python_version()}, {sys.executable}"
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+        return Check("python", OK, found)
+    return Check("python", FAILED, found, "make install PYTHON=python3.11 (3.10 to 3.13 are supported)")
+
+
+def _core() -> Check:
+    missing = [name for name in CORE_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        return Check("packages", FAILED, f"missing: {', '.join(missing)}", "make install, or pip install -e .")
+    return Check("packages", OK, "the core's are all here")
+
+
+def _extras() -> list[Check]:
+    checks = []
+    for extra, packages in EXTRAS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        needed_by = [row.name for row in SERVICES if row.extra == extra and missing_packages(row)]
+        without = f"; without them no {', '.join(needed_by)}" if needed_by else ""
+        if missing:
+            found = f"missing: {', '.join(missing)}{without}"
+            checks.append(Check(f"extra {extra}", WARNING, found, f"make install EXTRAS={extra},dev"))
+        else:
+            checks.append(Check(f"extra {extra}", OK, "all here"))
+    return checks
+
+
+def _data_folder(config: Config) -> Check:
+    folder = config.node.folder()
+    # The folder may not be there yet: then its nearest parent must let it be made.
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    with (
+        storage_errors(f"writing into {place} (for the data folder {folder})"),
+        tempfile.TemporaryFile(dir=place) as file,
+    ):
+        file.write(b"\0" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
+    free = free_bytes(place)
+    found = f"{folder}, {free / 1e9:.1f} GB free"
+    if free < MIN_FREE_BYTES:
+        return Check("data folder", FAILED, found, "free some space there, or set node.data_dir to another disk")
+    if free < LOW_FREE_BYTES:
+        return Check("data folder", WARNING, found, "free some space: snapshots are tens of megabytes each")
+    return Check("data folder", OK, found)
+
+
+def _node(config: Config) -> Check:
+    running = running_in(config.node.folder())
+    if running is None:
+        return Check("node", WARNING, f"{config.node.name} is not running", "mindstream up")
+    return Check("node", OK, f"{running.node} runs, process {running.pid}")
+
+
+def _broker(config: Config) -> Check:
+    settings = config.broker
+    if settings.url:
+        return _configured_broker(config)
+    running = running_in(config.node.folder())
+    if running is not None:
+        host, _, port = running.broker_url.removeprefix("mqtt://").partition(":")
+        if answers_connect(host, int(port)):
+            return Check("broker", OK, f"embedded, answers at {running.broker_url}")
+        return Check("broker", FAILED, f"embedded, does not answer at {running.broker_url}", "mindstream status")
+    if settings.port and answers_connect("127.0.0.1", settings.port, timeout_s=0.5):
+        return Check(
+            "broker",
+            FAILED,
+            f"broker.port {settings.port} is taken: another MQTT broker answers there",
+            f'set broker.url = "mqtt://127.0.0.1:{settings.port}" to use it, or broker.port = 0',
+        )
+    return Check("broker", OK, f"embedded, will be started on port {settings.port or 'any'} by `mindstream up`")
+
+
+def _configured_broker(config: Config) -> Check:
+    import logging
+
+    from edge.bus import Bus
+
+    settings = config.broker
+    logging.getLogger("edge.bus").setLevel(logging.CRITICAL)
+    try:
+        bus = Bus(
+            url=settings.url,
+            node=config.node.name,
+            client=f"doctor-{os.getpid()}",
+            username=settings.username,
+            password=settings.password(),
+            ca_file=settings.ca_file,
+        )
+        started_s = time.monotonic()
+        try:
+            bus.start(BROKER_TIMEOUT_S)
+        finally:
+            bus.stop()
+    except NotConnected as error:
+        return Check("broker", FAILED, error.message, "start it, or correct broker.url; `mindstream up` waits for it")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"reading {settings.ca_file}: {error.reason}", hint="broker.ca_file must hold PEM certificates"
+        ) from error
+    return Check("broker", OK, f"{settings.url} answered in {(time.monotonic() - started_s) * 1000:.0f} ms")
+
+
+def _keys(config: Config) -> Check:
+    from edge.keys import Peers, load_or_create_identity
+
+    folder = config.node.folder()
+    if not (folder / "keys").exists():
+        return Check("keys", WARNING, "this node has no key yet", "mindstream keys show makes one")
+    identity = load_or_create_identity(folder, config.node.name)
+    peers = Peers(folder, identity).table()
+    found = f"{fingerprint_of(identity.public_key)}, {len(peers)} peers trusted"
+    if not peers:
+        return Check("keys", OK, found, "to work with others: mindstream keys trust NODE FINGERPRINT")
+    return Check("keys", OK, found)
+
+
+def _model(config: Config) -> Check:
+    files = find(config.model.name, [Path(folder) for folder in config.model.folders])
+    if files is None:
+        return Check("model", WARNING, f"{config.model.name} is not on this machine", "mindstream models")
+    if not files.ready:
+        return Check(
+            "model", OK, f"{files.name}, {files.reason}: converted at the first start", "mindstream models prepare"
+        )
+    return Check("model", OK, f"{files.name} in {files.folder}, {files.reason}")
+
+
+def _hardware(_config: Config) -> Check:
+    found = describe()
+    memory = f", {found.memory_bytes / 1e9:.0f} GB" if found.memory_bytes else ""
+    gpu = "CUDA" if found.cuda else f"no CUDA ({found.cuda_reason})"
+    bf16 = f"bfloat16 by {found.bf16}" if found.bf16 else "no bfloat16 arithmetic"
+    return Check("machine", OK, f"{found.cpu_model or found.arch}, {found.cores} CPUs{memory}, {bf16}, {gpu}")
+
+
+def _clock(_config: Config) -> Check:
+    now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if read_clock_synced():
+        return Check("clock", OK, f"{now}, synchronised")
+    next_step = "timedatectl set-ntp true" if shutil.which("timedatectl") else "install chrony or another NTP client"
+    return Check("clock", WARNING, f"{now}, not known to be synchronised: entries say so", next_step)
+
+
+_CHECKS: dict[str, Callable[[Config], Check]] = {
+    "data folder": _data_folder,
+    "keys": _keys,
+    "node": _node,
+    "broker": _broker,
+    "model": _model,
+    "machine": _hardware,
+    "clock": _clock,
+}
