@@ -68,10 +68,10 @@ class SnapshotStore:
         return identifier
 
     def put_chunk(self, ref: ChunkRef, data: bytes | memoryview) -> None:
-        """Write one chunk unless it is here. Raises StorageError."""
-        path = self._chunk_path(ref)
-        if not path.exists():
-            write_atomically(path, data)
+        """Write one chunk unless it is here, whole. Raises StorageError."""
+        # Compared, not only looked for: what was damaged on the disk is healed by saving or fetching it again.
+        if self.chunk(ref) != data:
+            write_atomically(self._chunk_path(ref), data)
 
     def manifest(self, identifier: str) -> SignedManifest:
         """The signed manifest of a snapshot. Raises NotFound, or BlobError when the file is damaged."""
@@ -93,8 +93,11 @@ class SnapshotStore:
         return signed
 
     def has(self, ref: ChunkRef) -> bool:
-        """Whether a chunk is here."""
-        return self._chunk_path(ref).exists()
+        """Whether a chunk is here, in its full size; its content is verified when it is used."""
+        try:
+            return self._chunk_path(ref).stat().st_size == ref.size_bytes
+        except OSError:
+            return False
 
     def chunk(self, ref: ChunkRef) -> bytes | None:
         """A chunk's bytes, not verified; None when it is not here. Raises StorageError."""
@@ -106,15 +109,32 @@ class SnapshotStore:
                 return None
 
     def chunks(self, manifest: SnapshotManifest) -> list[bytes]:
-        """All chunks of a manifest, verified. Raises BlobError when one is missing or damaged."""
-        found = []
-        for index, ref in enumerate(manifest.chunks):
-            data = self.chunk(ref)
-            if data is None:
-                raise BlobError(f"reading chunk {index} of a snapshot: it is not here", hint="fetch the snapshot again")
-            verify_chunk(ref, data, index=index)
-            found.append(data)
-        return found
+        """All chunks of a manifest, verified.
+
+        Raises BlobError when some are missing or damaged; the damaged ones are removed, to be fetched again.
+        """
+        found = [self.verified_chunk(ref, index) for index, ref in enumerate(manifest.chunks)]
+        missing = sum(data is None for data in found)
+        if missing:
+            raise BlobError(
+                f"reading a snapshot of {manifest.conversation}: {missing} of its {len(found)} chunks are missing or"
+                " were damaged on the disk",
+                hint="fetch it from another node, or save the conversation again",
+                reason="chunks missing",
+            )
+        return [data for data in found if data is not None]
+
+    def verified_chunk(self, ref: ChunkRef, index: int) -> bytes | None:
+        """A chunk's bytes; None when it is not here, or was damaged, and is removed now. Raises StorageError."""
+        data = self.chunk(ref)
+        if data is not None:
+            try:
+                verify_chunk(ref, data, index=index)
+            except BadSignature as error:
+                log.error("%s is damaged on the disk and removed: %s", self._chunk_path(ref), error)
+                self.drop_chunk(ref)
+                return None
+        return data
 
     def drop_chunk(self, ref: ChunkRef) -> None:
         """Remove a chunk that is damaged, so that it is fetched again."""
@@ -194,8 +214,11 @@ class BlobSender:
                     return
                 (transfer, index), ref = self._queue.popitem(last=False)
             try:
-                data = self._store.chunk(ref)
-                if data is not None:
+                data = self._store.verified_chunk(ref, index)
+                if data is None:
+                    # The receiver asks again, and is then told that it is missing.
+                    self._bus.counters.add("blob.lost")
+                else:
                     self._bus.say(BlobChunk(index=index, data=data), transfer=transfer, timeout_s=STALL_S)
                     self._bus.counters.add("blob.sent_bytes", len(data))
             except MindstreamError as error:
@@ -211,15 +234,22 @@ class BlobReceiver:
         bus: for asking.
         blob_bus: the connection for chunks.
         on_progress: called with (bytes here, bytes in all) after each chunk.
+        should_stop: asked between chunks: whether to give up.
     """
 
     def __init__(
-        self, bus: Bus, blob_bus: Bus, store: SnapshotStore, on_progress: Callable[[int, int], None] | None = None
+        self,
+        bus: Bus,
+        blob_bus: Bus,
+        store: SnapshotStore,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._bus = bus
         self._blob_bus = blob_bus
         self._store = store
         self._on_progress = on_progress
+        self._should_stop = should_stop
 
     def pull(self, holder: str, identifier: str, manifest: SnapshotManifest, *, timeout_s: float = 600.0) -> int:
         """Fetch what the store has not; the bytes that crossed the bus.
@@ -272,6 +302,12 @@ class BlobReceiver:
         last_chunk_s = time.monotonic()
         while len(have) < len(refs):
             now_s = time.monotonic()
+            if self._should_stop():
+                raise BlobError(
+                    f"fetching snapshot {identifier[:12]} from {holder}: this service is stopping",
+                    hint="what came is kept: try again to go on",
+                    reason="stopping",
+                )
             if now_s > deadline_s:
                 raise BlobError(
                     f"fetching snapshot {identifier[:12]} from {holder}: {len(have)} of {len(refs)} chunks "

@@ -30,7 +30,7 @@ from edge.journal import JOURNAL, CommandJournal
 from edge.keys import Peers, load_or_create_identity
 from edge.logs import set_up_logging
 from edge.service_table import BY_NAME
-from protocol.errors import ConfigError, MindstreamError
+from protocol.errors import ConfigError, MindstreamError, StorageError
 from protocol.identity import Identity
 from protocol.messages import ServiceState
 
@@ -91,6 +91,7 @@ class Service:
         self.node = context.identity.node
         self.bus = self._open_bus(self.name, durable=True, with_will=True)
         self._stop = threading.Event()
+        self._failure: BaseException | None = None
         self._said: ServiceState | None = None
         self._said_at_s = 0.0
 
@@ -171,17 +172,44 @@ class Service:
                 self.tick()
                 self.say_state()
                 if time.monotonic() > purge_at_s:
-                    journal.purge()
-                    purge_at_s = time.monotonic() + 3600
+                    purge_at_s = time.monotonic() + (3600 if self._purge(journal) else 60)
         finally:
             gone = ServiceState(state="disconnected", time_us=time.time_ns() // 1000, pid=os.getpid())
             self.bus.stop(goodbye=[(gone, {"service": self.name})])
             self.teardown()
             journal_db.close()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """End ``run`` soon; safe in a signal handler."""
         self._stop.set()
+
+    def stopping(self) -> bool:
+        """Whether the service is ending: for workers that may take long."""
+        return self._stop.is_set()
+
+    def worker_thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+        """A thread without which the service is not whole: if it fails, the service ends, to be started again."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                log.exception("%s: the thread %r failed; the service ends", self.name, name)
+                self._failure = error
+                self._stop.set()
+
+        return threading.Thread(target=run, name=name, daemon=True)
+
+    def _purge(self, journal: CommandJournal) -> bool:
+        try:
+            journal.purge()
+        except StorageError as error:
+            # Even forgetting takes some room on the disk; the service can go on without.
+            log.warning("%s could not forget old commands: %s", self.name, error)
+            return False
+        return True
 
     def _wait_for_broker(self) -> None:
         """Wait, saying so now and then: the broker may come up after this node."""
@@ -200,6 +228,10 @@ class Service:
     def say_state(self) -> None:
         """Publish the service's state if it changed, or has not been said for a while."""
         condition, reason = self.condition()
+        try:
+            details = self.details()
+        except StorageError as error:
+            condition, reason, details = "degraded", str(error), {}
         state = ServiceState(
             state=condition,
             time_us=0,
@@ -207,7 +239,7 @@ class Service:
             pid=os.getpid(),
             queue=self.bus.queued,
             counters=self.bus.counters.snapshot(),
-            details=self.details(),
+            details=details,
         )
         now_s = time.monotonic()
         if (state == self._said and now_s - self._said_at_s < STATE_REPEAT_S) or not self.bus.connected:

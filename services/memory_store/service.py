@@ -21,7 +21,7 @@ from edge.db import Database, open_database
 from edge.service import Service, hears
 from protocol.codec import Received
 from protocol.entries import Origin
-from protocol.errors import MindstreamError
+from protocol.errors import MindstreamError, StorageError
 from protocol.messages import (
     MemoryEntries,
     MemoryHave,
@@ -59,7 +59,7 @@ class MemoryStore(Service):
         self._news = threading.Event()
         self._ending = False
         self._have_said = b""
-        self._speaker = threading.Thread(target=self._speak, name="memory speaker", daemon=True)
+        self._speaker = self.worker_thread(self._speak, "memory speaker")
 
     def started(self) -> None:
         self._news.set()
@@ -75,7 +75,10 @@ class MemoryStore(Service):
         if self._speaker.is_alive():
             self._speaker.join(5.0)
         self._readers.shutdown(cancel_futures=True)
-        self.log.flush()
+        try:
+            self.log.flush()
+        except StorageError as error:
+            log.warning("some memories will be said a second time: %s", error)
         self.db.close()
 
     def details(self) -> dict[str, Any]:
@@ -156,9 +159,10 @@ class MemoryStore(Service):
                 # Puts come in bursts: let one message carry those of a few milliseconds.
                 time.sleep(LINGER_S)
             self._news.clear()
+            # First: should the disk or the bus fail below, it is tried again, whether or not there is more news.
+            pending = True
             try:
                 self._say_new_entries()
-                pending = True
                 if time.monotonic() >= have_due_s:
                     self._say_have()
                     pending = False

@@ -49,6 +49,8 @@ class Record(msgspec.Struct):
     sampler: dict[str, Any]
     settings: GenerationSettings
     capacity_tokens: int
+    last_command: str = ""
+    """The ask that the present answer was given to: carried out again after a crash, it is not answered twice."""
 
 
 class Conversation:
@@ -59,6 +61,7 @@ class Conversation:
         self.state = state
         self.messages = messages
         self.turn_start = turn_start
+        self.last_command = ""
 
     def record(self) -> Record:
         """What is to be kept on disk."""
@@ -72,6 +75,7 @@ class Conversation:
             sampler=state.sampler.to_state(),
             settings=state.settings,
             capacity_tokens=state.cache.capacity_tokens,
+            last_command=self.last_command,
         )
 
 
@@ -101,6 +105,8 @@ class Conversations:
         self._now_us = now_us
         self._on_evict = on_evict
         self._live: OrderedDict[str, Conversation] = OrderedDict()
+        self.in_use = ""
+        """The conversation that is being answered: it stays in memory, or two states of it would come to be."""
 
     def names(self) -> list[str]:
         """Every conversation on this node, the newest first."""
@@ -131,7 +137,9 @@ class Conversations:
         state.sampler = Sampler.from_state(record.sampler)
         state.new_tokens = record.new_tokens
         state.finish_reason = record.finish_reason
-        return self.hold(Conversation(name, state, record.messages, record.turn_start))
+        conversation = Conversation(name, state, record.messages, record.turn_start)
+        conversation.last_command = record.last_command
+        return self.hold(conversation)
 
     def get(self, name: str) -> Conversation:
         """Like find(); raises ConversationUnknown."""
@@ -150,9 +158,16 @@ class Conversations:
         self._live[conversation.name] = conversation
         self._live.move_to_end(conversation.name)
         while len(self._live) > self._in_memory:
-            name, _ = self._live.popitem(last=False)
+            name = next((each for each in self._live if each not in (self.in_use, conversation.name)), None)
+            if name is None:
+                break
+            del self._live[name]
             self._on_evict(name)
         return conversation
+
+    def forget(self, name: str) -> None:
+        """Let go of what is in memory of it: it is again as it was kept last."""
+        self._live.pop(name, None)
 
     def save(self, conversation: Conversation) -> None:
         """Commit it. Raises StorageError."""

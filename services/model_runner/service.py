@@ -19,10 +19,11 @@ import msgspec
 from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
+from edge.dispatch import remaining_ms
 from edge.models import ensure
 from edge.service import Context, Service, hears
 from protocol.codec import Received
-from protocol.errors import BadSignature, MindstreamError, ModelError, SnapshotRefused, from_wire
+from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
 from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest, seal_manifest, snapshot_id
 from protocol.messages import (
     BlobPull,
@@ -46,7 +47,10 @@ from services.model_runner.worker import Loaded, Run, Worker
 
 log = logging.getLogger(__name__)
 
-ASK_TTL_MS = 30_000
+MANIFEST_TTL_MS = 10_000
+"""A holder that has not sent its manifest by then is away."""
+ANSWER_MARGIN_MS = 1_000
+"""So long before the asker's patience ends it is told that the holder is silent."""
 TRANSFER_TIMEOUT_S = 540.0
 
 
@@ -66,6 +70,8 @@ class ModelRunner(Service):
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
         self.worker = Worker(self._load, self._say_token)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
+        # One: each holds a copy of a KV cache until it is on the disk.
+        self._savers = ThreadPoolExecutor(1, "snapshot saver")
 
     def started(self) -> None:
         self.blob_bus.start(timeout_s=None)
@@ -74,6 +80,7 @@ class ModelRunner(Service):
     def teardown(self) -> None:
         self.worker.stop()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._savers.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.blob_bus.stop()
         self.db.close()
@@ -140,7 +147,7 @@ class ModelRunner(Service):
         """Queue a run; answered at its end, its tokens being said meanwhile."""
         answer = Deferred()
         identifier = message.data.run or message.id
-        run = Run(identifier, message.data, Future())
+        run = Run(identifier, f"{message.node}/{message.id}", message.data, Future())
         run.done.add_done_callback(lambda done: self._end_of_run(identifier, done, answer))
         self.worker.submit(run)
         return answer
@@ -183,27 +190,38 @@ class ModelRunner(Service):
         name = message.data.conversation
         started_s = time.monotonic()
 
-        def write(loaded: Loaded) -> SnapshotSaved:
-            conversation = loaded.conversations.get(name)
-            state = conversation.state
-            if not state.prefilled:
-                snapshot.recompute(loaded.engine, state)
-            packed = snapshot.pack(
-                loaded.engine,
-                state,
-                conversation=name,
-                creator=self.node,
-                extra=msgspec.to_builtins(_Extra(conversation.messages, conversation.turn_start)),
-            )
+        def write() -> SnapshotSaved:
+            # Copied between two tokens, written while the next ones are already being generated.
+            packed = self.worker.between_tokens(lambda loaded: self._pack(loaded, name)).result()
             signed = seal_manifest(self.context.identity, packed.manifest)
             identifier = self.store.save(signed, packed.manifest.chunks, packed.chunks)
             size_bytes = packed.manifest.total_bytes + len(signed.manifest)
-            model, tokens = packed.manifest.model, len(state.tokens)
-            self.bus.say(SnapshotAnnounce(identifier, name, model, tokens, size_bytes), timeout_s=5.0)
-            took_ms = (time.monotonic() - started_s) * 1000
-            return SnapshotSaved(identifier, name, model, tokens, size_bytes, took_ms)
+            model, tokens = packed.manifest.model, packed.manifest.cached_tokens + 1
+            try:
+                self.bus.say(SnapshotAnnounce(identifier, name, model, tokens, size_bytes), timeout_s=5.0)
+            except MindstreamError as error:
+                # It is on the disk all the same, and the asker is told its id.
+                self.bus.counters.add("dropped.announce")
+                log.warning("snapshot %s could not be announced: %s", identifier[:12], error)
+            return SnapshotSaved(identifier, name, model, tokens, size_bytes, (time.monotonic() - started_s) * 1000)
 
-        return _deferred(self.worker.between_tokens(write))
+        return _deferred(self._savers.submit(write))
+
+    def _pack(self, loaded: Loaded, name: str) -> snapshot.Packed:
+        """Copy a conversation, on the worker's thread."""
+        conversation = loaded.conversations.get(name)
+        state = conversation.state
+        if not state.prefilled:
+            snapshot.recompute(loaded.engine, state)
+        messages = conversation.messages
+        if self.worker.running == name and len(state.tokens) > conversation.turn_start:
+            # In the middle of an answer: what has been said of it belongs to the history, wherever it goes on.
+            if messages and messages[-1].role == "assistant":
+                messages = messages[:-1]
+            said = loaded.chat.decode(state.tokens[conversation.turn_start :])
+            messages = [*messages, ChatMessage("assistant", said)]
+        extra = msgspec.to_builtins(_Extra(messages, conversation.turn_start))
+        return snapshot.pack(loaded.engine, state, conversation=name, creator=self.node, extra=extra)
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:
@@ -224,16 +242,13 @@ class ModelRunner(Service):
     def resume(self, message: Received) -> Deferred:
         """Fetch a snapshot and make a conversation of it; answered when its next token can be generated."""
         if self.worker.unavailable is not None:
-            raise self.worker.unavailable
-        return _deferred(self._fetchers.submit(self._resume, message.data))
+            raise self.worker.unavailable.with_traceback(None)
+        return _deferred(self._fetchers.submit(self._resume, message))
 
-    def _resume(self, ask: ModelResume) -> ModelResumed:
+    def _resume(self, message: Received) -> ModelResumed:
+        ask: ModelResume = message.data
         started_s = time.monotonic()
-        signed: SignedManifest
-        if ask.holder == self.node:
-            signed = self.store.manifest(ask.snapshot)
-        else:
-            signed = self.bus.ask(ask.holder, SnapshotManifestAsk(ask.snapshot), ttl_ms=ASK_TTL_MS)
+        signed = self._fetch_manifest(ask, remaining_ms(message))
         if snapshot_id(signed) != ask.snapshot:
             raise SnapshotRefused(
                 f"resuming snapshot {ask.snapshot[:12]}: the manifest that {ask.holder} sent is another one",
@@ -245,10 +260,13 @@ class ModelRunner(Service):
         # The engine may still be loading: wait for it on its own thread before anything is fetched.
         reason = self.worker.between_tokens(lambda loaded: self._examine(loaded, manifest, name)).result()
         fetched_bytes = len(signed.manifest)
+        chunks: list[bytes] = []
         if not reason:
-            fetched_bytes += self._fetch(ask, signed, manifest)
+            chunks, chunks_bytes = self._fetch(ask, manifest)
+            self.store.put_manifest(signed)
+            fetched_bytes += chunks_bytes
         transferred_s = time.monotonic()
-        resumed = self.worker.between_tokens(lambda loaded: self._restore(loaded, manifest, name)).result()
+        resumed = self.worker.between_tokens(lambda loaded: self._restore(loaded, manifest, name, chunks)).result()
         return ModelResumed(
             conversation=name,
             how=resumed.how,
@@ -264,6 +282,10 @@ class ModelRunner(Service):
         refused = snapshot.refusal(loaded.engine, manifest)
         if refused is not None:
             raise refused
+        self._check_not_running(name)
+        return snapshot.why_not_exact(loaded.engine, manifest)
+
+    def _check_not_running(self, name: str) -> None:
         if self.worker.running == name:
             raise ModelError(
                 f"resuming conversation {name!r}: one of that name is being answered here",
@@ -271,27 +293,44 @@ class ModelRunner(Service):
                 field="conversation",
                 reason="busy",
             )
-        return snapshot.why_not_exact(loaded.engine, manifest)
 
-    def _fetch(self, ask: ModelResume, signed: SignedManifest, manifest: SnapshotManifest) -> int:
-        """Bring every chunk into this node's store; the bytes that crossed the bus."""
-        fetched = 0
-        if ask.holder != self.node:
-            receiver = BlobReceiver(self.bus, self.blob_bus, self.store)
-            fetched = receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
-        self.store.put_manifest(signed)
-        return fetched
-
-    def _restore(self, loaded: Loaded, manifest: SnapshotManifest, name: str) -> snapshot.Unpacked:
-        exact = not snapshot.why_not_exact(loaded.engine, manifest)
+    def _fetch_manifest(self, ask: ModelResume, asker_waits_ms: int) -> SignedManifest:
+        """The manifest, from this node's disk or from its holder. Raises BlobError when that is silent."""
+        if ask.holder == self.node:
+            return self.store.manifest(ask.snapshot)
+        ttl_ms = max(1, min(MANIFEST_TTL_MS, asker_waits_ms - ANSWER_MARGIN_MS))
         try:
-            chunks = self.store.chunks(manifest) if exact else []
-        except BadSignature:
-            for ref in manifest.chunks:
-                self.store.drop_chunk(ref)
-            raise
+            signed: SignedManifest = self.bus.ask(ask.holder, SnapshotManifestAsk(ask.snapshot), ttl_ms=ttl_ms)
+        except AskExpired as error:
+            raise BlobError(
+                f"fetching snapshot {ask.snapshot[:12]}: {ask.holder} has not answered in {ttl_ms / 1000:g} s",
+                hint="is that its name, and is its model runner up? `mindstream status` shows who is there",
+                field="holder",
+                reason="holder silent",
+            ) from error
+        return signed
+
+    def _fetch(self, ask: ModelResume, manifest: SnapshotManifest) -> tuple[list[bytes], int]:
+        """Every chunk, verified, and the bytes that crossed the bus for them.
+
+        Chunks that were damaged on this node's disk are fetched once more. Raises BlobError.
+        """
+        if ask.holder == self.node:
+            return self.store.chunks(manifest), 0
+        receiver = BlobReceiver(self.bus, self.blob_bus, self.store, should_stop=self.stopping)
+        fetched = receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
+        try:
+            return self.store.chunks(manifest), fetched
+        except (BlobError, TrustError) as error:
+            self.bus.counters.add("blob.damaged")
+            self.bus.events.report("damaged-chunk", "warning", f"fetched once more from {ask.holder}: {error}")
+        fetched += receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
+        return self.store.chunks(manifest), fetched
+
+    def _restore(self, loaded: Loaded, manifest: SnapshotManifest, name: str, chunks: list[bytes]) -> snapshot.Unpacked:
+        self._check_not_running(name)  # a run may have begun while the chunks were on their way
         resumed = snapshot.unpack(loaded.engine, manifest, chunks)
-        if not exact:
+        if resumed.how != "exact":
             snapshot.recompute(loaded.engine, resumed.state)
         messages, turn_start = _extra(manifest)
         conversation = loaded.conversations.hold(Conversation(name, resumed.state, messages, turn_start))

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from protocol.errors import Cancelled, MindstreamError, to_wire
+from protocol.errors import Cancelled, MindstreamError, ModelUnavailable, to_wire
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken, Usage
 from services.model_runner.chat import ChatFormat
 from services.model_runner.conversations import Conversation, Conversations
@@ -43,6 +43,8 @@ class Run:
     """One answer to be given."""
 
     identifier: str
+    command: str
+    """``node/id`` of the ask: the same when it is carried out again after a crash."""
     ask: ModelGenerate
     done: Future[RunDone]
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -80,10 +82,13 @@ class Worker:
         """Stop after the current token; what was not begun is left to the journal."""
         with self._wake:
             self._stopping = True
-            if self._current is not None:
-                self._current.cancelled.set()
+            waiting = [done for _, done in self._jobs]
+            self._jobs.clear()
             self._wake.notify_all()
-        self._thread.join(10.0)
+        for done in waiting:
+            done.set_exception(_stopped())
+        if self._thread.is_alive():
+            self._thread.join(10.0)
 
     @property
     def queued(self) -> int:
@@ -99,32 +104,40 @@ class Worker:
     def submit(self, run: Run) -> None:
         """Queue a run; its future resolves with its end. Raises ModelUnavailable when there is no model."""
         with self._wake:
-            if self.unavailable is not None:
-                raise self.unavailable
+            self._check_available()
             self._runs.append(run)
             self._wake.notify_all()
 
     def cancel(self, identifier: str) -> bool:
         """Stop a run, begun or not; whether there was one."""
         with self._wake:
-            for run in [*self._runs, self._current]:
-                if run is not None and run.identifier == identifier:
-                    run.cancelled.set()
-                    return True
-        return False
+            current = self._current
+            if current is not None and current.identifier == identifier:
+                current.cancelled.set()
+                return True
+            queued = next((run for run in self._runs if run.identifier == identifier), None)
+            if queued is None:
+                return False
+            self._runs.remove(queued)
+        queued.done.set_result(_not_begun(queued))
+        return True
 
     def between_tokens(self, job: Callable[[Loaded], T]) -> Future[T]:
-        """Do ``job`` on the worker thread as soon as the state is whole. Raises ModelUnavailable."""
+        """Do ``job`` on the worker thread as soon as the state is whole. Raises ModelUnavailable, or Cancelled at
+        the end of the service; the future too."""
         done: Future[T] = Future()
         with self._wake:
-            if self.unavailable is not None:
-                raise self.unavailable
+            self._check_available()
+            if self._stopping:
+                raise _stopped()
             self._jobs.append((job, done))
             self._wake.notify_all()
         return done
 
-    def _ending(self) -> bool:
-        return self._stopping
+    def _check_available(self) -> None:
+        if self.unavailable is not None:
+            # Without its traceback, which would grow with each asker that it is raised for.
+            raise self.unavailable.with_traceback(None)
 
     # --- on the worker thread -------------------------------------------------------------------------------
 
@@ -143,7 +156,7 @@ class Worker:
             with self._wake:
                 self._current = None
             # A run cut short by the end of the process stays in the journal: it is begun again.
-            if done.finish_reason != "cancelled" or not self._ending():
+            if done is not None:
                 run.done.set_result(done)
 
     def _load_with_backoff(self) -> Loaded | None:
@@ -153,15 +166,19 @@ class Worker:
                 self.loaded = self._load()
                 self.unavailable = None
                 return self.loaded
-            except MindstreamError as error:
-                log.error("%s", error)
+            except Exception as raised:
+                error = raised if isinstance(raised, MindstreamError) else _broken_model(raised)
+                if error is raised:
+                    log.error("%s", error)
+                else:
+                    log.exception("%s", error)
                 with self._wake:
                     self.unavailable = error
                     waiting = [run.done for run in self._runs] + [done for _, done in self._jobs]
                     self._runs.clear()
                     self._jobs.clear()
                 for future in waiting:
-                    future.set_exception(error)
+                    future.set_exception(error.with_traceback(None))
                 with self._wake:
                     self._wake.wait_for(lambda: self._stopping, wait_s)
                 wait_s = min(self.RETRY_MAX_S, wait_s * 2)
@@ -178,7 +195,7 @@ class Worker:
             except Exception as error:  # noqa: BLE001 - it is the job's outcome, and the asker is told
                 done.set_exception(error)
 
-    def _answer(self, loaded: Loaded, run: Run) -> RunDone:
+    def _answer(self, loaded: Loaded, run: Run) -> RunDone | None:
         try:
             return self._generate(loaded, run)
         except Exception as error:
@@ -186,17 +203,36 @@ class Worker:
                 log.exception("run %s failed", run.identifier)
             return RunDone(run.identifier, run.ask.conversation, "", [], "error", error=to_wire(error))
 
-    def _generate(self, loaded: Loaded, run: Run) -> RunDone:
+    def _generate(self, loaded: Loaded, run: Run) -> RunDone | None:
+        """Answer one run; None when the end of the process cut it short: nothing of it is kept then."""
         if run.cancelled.is_set():
-            raise Cancelled(f"answering in {run.ask.conversation}: it was cancelled before it began")
-        conversation = self._prepare(loaded, run.ask)
+            return _not_begun(run)
+        conversations, name = loaded.conversations, run.ask.conversation
+        found = conversations.find(name)
+        if found is not None and found.last_command == run.command:
+            return self._answer_again(loaded, run, found)
+        conversation = self._prepare(loaded, run.ask, found)
+        conversations.in_use = name
+        try:
+            done = self._say_answer(loaded, run, conversation)
+            if done is not None:
+                conversations.save(conversation)
+            return done
+        except Exception:
+            # Half an answer is in memory: go back to what was kept, so that the same turn can be asked again.
+            conversations.forget(name)
+            raise
+        finally:
+            conversations.in_use = ""
+
+    def _say_answer(self, loaded: Loaded, run: Run, conversation: Conversation) -> RunDone | None:
         state = conversation.state
         stream = loaded.chat.stream(run.ask.stop)
         for said in state.tokens[conversation.turn_start :]:
             stream.push(said)
         before = len(stream.text)
         prompt_tokens = len(state.tokens)
-        for token in generate(loaded.engine, state, should_stop=run.cancelled.is_set):
+        for token in generate(loaded.engine, state, should_stop=lambda: self._stopping or run.cancelled.is_set()):
             text = stream.push(token.token)
             if state.finish_reason:
                 text += stream.finish()
@@ -206,11 +242,13 @@ class Worker:
                 break
             if self._jobs:
                 self._do_jobs(loaded)
+        if state.finish_reason == "cancelled" and not run.cancelled.is_set():
+            return None
         if conversation.messages and conversation.messages[-1].role == "assistant":
             conversation.messages[-1].content = stream.text
         else:
             conversation.messages.append(ChatMessage(role="assistant", content=stream.text))
-        loaded.conversations.save(conversation)
+        conversation.last_command = run.command
         timing = state.timing
         self.last_usage = Usage(
             prompt_tokens=prompt_tokens,
@@ -228,7 +266,21 @@ class Worker:
             usage=self.last_usage,
         )
 
-    def _prepare(self, loaded: Loaded, ask: ModelGenerate) -> Conversation:
+    def _answer_again(self, loaded: Loaded, run: Run, conversation: Conversation) -> RunDone:
+        """The answer that was given and kept just before a crash, which the asker may not have heard of."""
+        state = conversation.state
+        stream = loaded.chat.stream(run.ask.stop)
+        begin_at = len(state.tokens) - state.new_tokens
+        for said in state.tokens[conversation.turn_start : begin_at]:
+            stream.push(said)
+        before = len(stream.text)
+        for said in state.answer:
+            stream.push(said)
+        if state.finish_reason != "cancelled":
+            stream.finish()
+        return RunDone(run.identifier, conversation.name, stream.text[before:], state.answer, state.finish_reason)
+
+    def _prepare(self, loaded: Loaded, ask: ModelGenerate, found: Conversation | None) -> Conversation:
         """The conversation with this turn's tokens appended, ready to be answered."""
         settings = GenerationSettings(ask.max_new_tokens, tuple(ask.stop), ask.ignore_eos)
         if not ask.messages:
@@ -236,7 +288,6 @@ class Worker:
             extend(loaded.engine, conversation.state, [], settings=settings)
             return conversation
         sampling = SamplingSettings(temperature=ask.temperature, top_k=ask.top_k, top_p=ask.top_p, seed=ask.seed)
-        found = loaded.conversations.find(ask.conversation)
         messages = [*(found.messages if found else []), *ask.messages]
         rendered = [{"role": message.role, "content": message.content} for message in messages]
         if found is not None:
@@ -250,3 +301,23 @@ class Worker:
             loaded.engine, tokens, sampling=sampling, settings=settings, capacity_tokens=loaded.max_context_tokens
         )
         return loaded.conversations.hold(Conversation(ask.conversation, state, messages, len(tokens)))
+
+
+def _not_begun(run: Run) -> RunDone:
+    """The end of a run that was cancelled before it began."""
+    return RunDone(run.identifier, run.ask.conversation, "", [], "cancelled")
+
+
+def _stopped() -> Cancelled:
+    return Cancelled(
+        "waiting for the model: the model runner is stopping", hint="ask again when it is back", reason="stopping"
+    )
+
+
+def _broken_model(error: Exception) -> ModelUnavailable:
+    """For what a library raised that nobody foresaw: the service goes on, says so, and tries again."""
+    return ModelUnavailable(
+        f"loading the model: unexpected {type(error).__name__}: {error}",
+        hint="install the model again; the log of the model runner has the details",
+        reason=type(error).__name__,
+    )

@@ -15,7 +15,7 @@ from typing import Any
 
 from edge.service import Service, hears
 from protocol.codec import Received
-from protocol.errors import AskExpired, MindstreamError
+from protocol.errors import AskExpired, MindstreamError, StorageError
 from protocol.messages import (
     MemoryEntries,
     MemoryHave,
@@ -59,7 +59,8 @@ class SyncBridge(Service):
         self._own_digest = b""
         self._changed = threading.Condition()
         self._ending = False
-        self._worker = threading.Thread(target=self._run, name="sync worker", daemon=True)
+        self._worker = self.worker_thread(self._run, "sync worker")
+        self._keyring = self.context.peers.keyring()
 
     def started(self) -> None:
         self._worker.start()
@@ -88,11 +89,15 @@ class SyncBridge(Service):
     def have(self, message: Received) -> None:
         """A node, perhaps this one, holds something new."""
         with self._changed:
+            now_s = time.monotonic()
             if message.node == self.node:
+                for peer in self._peers.values():
+                    if peer.digest == self._own_digest:
+                        # In step until now: what this node got just now is on its way to the other as well.
+                        peer.next_s = max(peer.next_s, now_s + SETTLE_S)
                 self._own_digest = message.data.digest
             else:
                 peer = self._peers.setdefault(message.node, _Peer())
-                now_s = time.monotonic()
                 if peer.digest == self._own_digest:
                     peer.next_s = now_s + SETTLE_S
                 else:
@@ -100,6 +105,20 @@ class SyncBridge(Service):
                 peer.digest = message.data.digest
                 peer.retry_s = RETRY_FIRST_S
             self._changed.notify()
+
+    def tick(self) -> None:
+        """Trust given or taken while this runs takes effect at once: what was refused is asked for again."""
+        try:
+            keyring = self.context.peers.keyring()
+        except StorageError as error:
+            log.warning("reading whom to trust: %s", error)
+            return
+        if keyring is not self._keyring:
+            self._keyring = keyring
+            with self._changed:
+                for peer in self._peers.values():
+                    peer.next_s, peer.retry_s = 0.0, RETRY_FIRST_S
+                self._changed.notify()
 
     def _run(self) -> None:
         while True:
@@ -115,7 +134,7 @@ class SyncBridge(Service):
                 fetched, offered = self._compare(name)
                 peer.fetched += fetched
                 peer.waiting_for = "" if fetched or not offered else "nothing of what it holds was accepted"
-                progress = fetched > 0 or not offered
+                progress = fetched > 0
             except AskExpired as error:
                 progress, peer.waiting_for = False, error.message
             except MindstreamError as error:
