@@ -9,6 +9,7 @@ stays up with a live status table until Ctrl-C, or ends with ``--once``.
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,47 @@ class Tour:
         yield
         self.timings_ms[what] = took_ms = (time.monotonic() - started_s) * 1000
         self.console.print(f"  [green]✓[/green] {what} [dim]{took_ms:,.0f} ms[/dim]")
+
+
+class Flow:
+    """Prints a model's words as they come, wrapped at the console's width and indented below the speaker."""
+
+    INDENT = " " * 8
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._column = len(self.INDENT)
+        self._word = ""
+
+    def show(self, piece: str) -> None:
+        """Print what is whole of ``piece``; a word waits for its end, because it may not fit the line."""
+        for part in re.split(r"(\s)", piece):
+            if part.isspace():
+                self._flush()
+                if part == "\n":
+                    self._print("\n" + self.INDENT)
+                    self._column = len(self.INDENT)
+                elif self._column > len(self.INDENT):
+                    self._print(" ")
+                    self._column += 1
+            else:
+                self._word += part
+
+    def end(self) -> None:
+        """Print what waits, and end the line."""
+        self._flush()
+        self._print("\n")
+
+    def _flush(self) -> None:
+        if self._column + len(self._word) > self._console.width - 1:
+            self._print("\n" + self.INDENT)
+            self._column = len(self.INDENT)
+        self._print(self._word)
+        self._column += len(self._word)
+        self._word = ""
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
 
 class Nodes:
@@ -233,8 +275,10 @@ def _wait_ready(console: Console, nodes: Nodes, watch: Watch) -> None:
 def _say(bus: Bus, node: str, ask: ModelGenerate, show: Callable[[str], None]) -> RunDone:
     """One run, its text shown as it comes."""
     run = uuid7()
+    shown: list[str] = []
 
     def token(message: Received) -> None:
+        shown.append(message.data.text)
         show(message.data.text)
 
     stop_hearing = bus.hear(RunToken, token, node=node, run=run)
@@ -242,9 +286,13 @@ def _say(bus: Bus, node: str, ask: ModelGenerate, show: Callable[[str], None]) -
     try:
         ask.run = run
         done: RunDone = bus.ask(node, ask, ttl_ms=ASK_TTL_MS)
-        return done
     finally:
         stop_hearing()
+    deadline_s = time.monotonic() + 1.0
+    while bus.queued and time.monotonic() < deadline_s:
+        time.sleep(0.005)  # the answer overtakes tokens that wait for the handler thread
+    show(done.text[len("".join(shown)) :])
+    return done
 
 
 def _talk(tour: Tour, bus: Bus, conversation: str) -> None:
@@ -252,15 +300,17 @@ def _talk(tour: Tour, bus: Bus, conversation: str) -> None:
     for text, limit in TURNS:
         console.print(f"\n[cyan]you[/cyan]     {text}")
         console.print("[red]tomato[/red]  ", end="")
+        flow = Flow(console)
         started_s = time.monotonic()
         ask = ModelGenerate(conversation, [ChatMessage("user", text)], max_new_tokens=limit, temperature=0.2, seed=7)
-        done = _say(bus, "tomato", ask, lambda piece: console.print(piece, end="", markup=False, highlight=False))
+        done = _say(bus, "tomato", ask, flow.show)
+        flow.end()
         took_ms = (time.monotonic() - started_s) * 1000
         tour.timings_ms[f"tomato: {text}"] = took_ms
         usage = done.usage
         assert usage is not None
         console.print(
-            f"\n  [green]✓[/green] {usage.completion_tokens} tokens [dim]{took_ms:,.0f} ms; first after "
+            f"  [green]✓[/green] {usage.completion_tokens} tokens [dim]{took_ms:,.0f} ms; first after "
             f"{usage.ttft_ms:,.0f} ms, {usage.cached_tokens} of {usage.prompt_tokens} prompt tokens were cached, "
             f"{usage.tokens_per_s:.0f} tokens/s[/dim]"
         )
@@ -278,9 +328,10 @@ def _handoff(tour: Tour, bus: Bus, conversation: str) -> None:
         raise ModelError(f"handing {conversation} over: it was {resumed.how}, not exact: {resumed.reason}")
     go_on = ModelGenerate(conversation, max_new_tokens=PROOF_TOKENS, ignore_eos=True)
     console.print("[green]sprout[/green]  …", end="")
+    flow = Flow(console)
     with tour.step(f"sprout goes on for {PROOF_TOKENS} tokens"):
-        there = _say(bus, "sprout", go_on, lambda piece: console.print(piece, end="", markup=False, highlight=False))
-        console.print()
+        there = _say(bus, "sprout", go_on, flow.show)
+        flow.end()
     with tour.step(f"tomato, asked to go on by itself, says its own next {PROOF_TOKENS}"):
         here = _say(bus, "tomato", go_on, lambda _: None)
     equal = sum(a == b for a, b in zip(there.tokens, here.tokens, strict=False))
