@@ -202,7 +202,7 @@ What crosses the bus, for clients in any language. Everything is below `{root}/`
 
 - **A node writes its own branch and nothing else.** The first level below the root is the node that speaks; the
   `source` of its envelopes begins with that name, and what does not is refused.
-- **Names** (levels in braces, and fields of type *name*) are 1 to 63 of `a-z`, `0-9`, `-` and `_`, the first one a letter
+- **Names** (levels in braces, and fields of type *name*) are 1 to 63 of `a-z`, `0-9`, `-` and `_`, first a letter
   or digit.
 - **Payloads** are one msgpack map, the envelope below, whose `data` is the message. Topics of format JSON carry a bare
   JSON object instead, so that any tool can read who is there.
