@@ -296,7 +296,7 @@ def _known(name: str) -> KnownModel:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     raise ModelUnavailable(
         f"looking for the model {name!r}: no model of that name is known",
-        hint=f"did you mean {near[0]!r}? " * bool(near) + f"known: {', '.join(names)}; or give a folder's path",
+        hint=(f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}; or give a folder's path",
         field="model.name",
         reason="unknown name",
     )

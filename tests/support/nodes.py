@@ -17,7 +17,7 @@ from broker.child import spawn
 from edge.bus import Bus
 from edge.keys import Peers, load_or_create_identity
 from protocol.codec import Received
-from protocol.messages import NodeState, ServiceState
+from protocol.messages import Event, NodeState, ServiceState
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MEMORY_SERVICES = ("memory_store", "sync_bridge")
@@ -75,11 +75,19 @@ class Node:
         """What its processes printed."""
         return (self.data_dir / "stderr.log").read_text(errors="replace")
 
+    def service_log(self, service: str) -> str:
+        """What one of its services printed."""
+        path = self.data_dir / "logs" / f"{service}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def trust(self, *others: Node) -> None:
+        """Trust the keys of other nodes."""
+        for other in others:
+            self.peers.trust(other.name, other.identity.fingerprint)
+
     def memories(self) -> list[tuple[str, str]]:
         """(id, text) of every memory in its database, as another process sees it."""
-        connection = apsw.Connection(
-            str(self.data_dir / "memory_store" / "memory.db"), flags=apsw.SQLITE_OPEN_READONLY
-        )
+        connection = apsw.Connection(str(self.data_dir / "memory_store" / "memory.db"), flags=apsw.SQLITE_OPEN_READONLY)
         try:
             return list(connection.execute("SELECT id, text FROM memories"))
         finally:
@@ -87,14 +95,17 @@ class Node:
 
 
 class Watcher:
-    """A client that knows every node's and service's last state."""
+    """A client that knows every node's and service's last state, and all events."""
 
     def __init__(self, broker_url: str, name: str = "watcher") -> None:
         self.nodes: dict[str, NodeState] = {}
         self.services: dict[tuple[str, str], ServiceState] = {}
+        self.events: list[tuple[str, Event]] = []
+        """The node that said each, and it."""
         self.bus = Bus(url=broker_url, node="tester", client=name)
         self.bus.hear(NodeState, self._node)
         self.bus.hear(ServiceState, self._service)
+        self.bus.hear(Event, self._event)
         self.bus.start(20.0)
 
     def _node(self, message: Received) -> None:
@@ -102,6 +113,18 @@ class Watcher:
 
     def _service(self, message: Received) -> None:
         self.services[message.node, message.topic.names["service"]] = message.data
+
+    def _event(self, message: Received) -> None:
+        self.events.append((message.node, message.data))
+
+    def events_of(self, node: str, name: str) -> list[Event]:
+        """The events of one name that ``node`` has said."""
+        return [event for speaker, event in self.events if speaker == node and event.name == name]
+
+    def pid(self, node: str, service: str) -> int:
+        """The process id that a service said last; 0 when it has said none."""
+        found = self.services.get((node, service))
+        return found.pid if found else 0
 
     def state(self, node: str, service: str) -> str:
         """The last state that was said."""
@@ -132,7 +155,7 @@ def two_nodes(
     for node in nodes:
         for other in nodes:
             if node is not other:
-                node.peers.trust(other.name, other.identity.fingerprint)
+                node.trust(other)
     try:
         for node in nodes:
             node.start()
