@@ -167,7 +167,8 @@ def print_json(data: Any) -> None:
     """``data`` (structs, builtins) as indented JSON on stdout."""
     import msgspec
 
-    print(msgspec.json.format(msgspec.json.encode(data), indent=2).decode())
+    # str for what JSON has not: paths.
+    print(msgspec.json.format(msgspec.json.encode(data, enc_hook=str), indent=2).decode())
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "", empty: str = "") -> None:
