@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,65 @@ def test_one_bad_message_of_a_batch_does_not_take_the_others_with_it(make_bus: O
     wait_until(lambda: listener.counters["dead_letters"] == 1, "the bad one is put aside")
     wait_until(lambda: len(taken) == 9, "the others are taken")
     assert sorted(taken) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_a_batch_comes_together_past_messages_of_other_hearings(make_bus: OpenBus, open_bus: OpenBus) -> None:
+    """Puts between which other things come share one commit all the same."""
+    gate = threading.Event()
+    batches: list[list[int]] = []
+    others: list[int] = []
+    listener = make_bus("sprout", "listener")
+
+    def take(messages: list[Any]) -> None:
+        batches.append([message.data.index for message in messages])
+
+    def hold(message: Any) -> None:
+        assert gate.wait(DEADLINE_S)
+        others.append(message.data.index)
+
+    listener.hear(RunToken, take, batch=64, run="batch")
+    listener.hear(RunToken, hold, run="single")
+    listener.start()
+    speaker = open_bus("tomato", "speaker")
+    speaker.say(token(0), run="single")
+    wait_until(lambda: listener.queued == 1, "the handler thread is held")
+    for index in range(1, 21):
+        speaker.say(token(index), run="batch" if index % 2 else "single")
+    wait_until(lambda: listener.queued == 21, "they wait together")
+    gate.set()
+    wait_until(lambda: len(others) == 11, "the others are heard, in order")
+    wait_until(lambda: listener.queued == 0, "all are handled")
+    assert batches == [list(range(1, 21, 2))]
+    assert others == list(range(0, 21, 2))
+
+
+def test_clients_that_ask_in_turn_share_commits_and_one_alone_does_not_wait(
+    make_bus: OpenBus, open_bus: OpenBus
+) -> None:
+    sizes: list[int] = []
+    responder = make_bus("sprout", "memory_store")
+
+    def slow_commit(messages: list[Any]) -> list[MemoryStored]:
+        sizes.append(len(messages))
+        threading.Event().wait(0.05)  # a slow disk
+        return [stored(message.id) for message in messages]
+
+    responder.hear(MemoryPut, slow_commit, batch=256)
+    responder.start()
+    askers = [open_bus("tomato", f"asker{number}") for number in range(4)]
+    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=10_000)
+    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=10_000)
+    assert sizes == [1, 1]
+
+    def ask_in_turn(bus: Bus) -> None:
+        for _ in range(10):
+            bus.ask("sprout", MemoryPut(text="together"), ttl_ms=10_000)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(ask_in_turn, bus) for bus in askers]:
+            done.result(DEADLINE_S)
+    assert sum(sizes) == 42
+    assert max(sizes) > 1
 
 
 def test_a_refusal_is_counted_said_and_acknowledged_at_once(make_bus: OpenBus, open_bus: OpenBus) -> None:
