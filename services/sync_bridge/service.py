@@ -15,6 +15,7 @@ from typing import Any
 
 from edge.service import Service, hears
 from protocol.codec import Received
+from protocol.entries import entry_hash
 from protocol.errors import AskExpired, MindstreamError, StorageError
 from protocol.messages import (
     MemoryEntries,
@@ -156,14 +157,30 @@ class SyncBridge(Service):
         """Fetch what ``peer`` holds and we do not: entries fetched, and entries that it had for us."""
         theirs: MemoryVector = self.bus.ask(peer, MemoryVectorAsk(), ttl_ms=ASK_TTL_MS)
         ours: MemoryVector = self.bus.ask(self.node, MemoryVectorAsk(), ttl_ms=ASK_TTL_MS)
-        held = {(have.node, have.scope, have.log_id): have.seq for have in ours.origins}
+        held = {(have.node, have.scope, have.log_id): have for have in ours.origins}
         fetched = offered = 0
         for origin in theirs.origins:
-            first = held.get((origin.node, origin.scope, origin.log_id), 0) + 1
+            own = held.get((origin.node, origin.scope, origin.log_id))
+            first = own.seq + 1 if own else 1
+            if own is not None and self._contradicts(own, origin):
+                first = origin.seq  # our store shall see it, refuse it, and say that there is a fork
             if first <= origin.seq:
                 offered += origin.seq - first + 1
                 fetched += self._fetch(peer, origin, first)
         return fetched, offered
+
+    def _contradicts(self, own: OriginHave, other: OriginHave) -> bool:
+        """Whether another node holds another chain than ours, up to where it is no longer than ours.
+
+        The longer side would not notice by itself: it lacks nothing.
+        """
+        if other.seq > own.seq:
+            return False
+        if other.seq == own.seq:
+            return other.hash != own.hash
+        ask = MemoryRepair(own.node, own.scope, own.log_id, other.seq, other.seq)
+        found: MemoryEntries = self.bus.ask(self.node, ask, ttl_ms=ASK_TTL_MS)
+        return bool(found.entries) and entry_hash(found.entries[0].header) != other.hash
 
     def _fetch(self, peer: str, origin: OriginHave, first: int) -> int:
         """Fetch one origin's entries from ``first`` on, as far as they are accepted; how many were new."""

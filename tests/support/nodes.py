@@ -13,6 +13,7 @@ from pathlib import Path
 
 import apsw
 
+from broker.base import Broker
 from broker.child import spawn
 from edge.bus import Bus
 from edge.keys import Peers, load_or_create_identity
@@ -29,6 +30,13 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0
     while not condition():
         assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {what}"
         time.sleep(0.02)
+
+
+def kill_broker(broker: Broker) -> None:
+    """kill -9; returns when it is dead, so that ``broker.start()`` starts another."""
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGKILL)
+    wait_for(lambda: not broker.alive, "the broker survived kill -9")
 
 
 class Node:

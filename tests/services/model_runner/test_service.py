@@ -433,7 +433,8 @@ def test_a_node_without_its_model_says_so_and_its_other_services_are_fine(tmp_pa
             watcher.wait_ready("bare", ("memory_store",))
             reason = watcher.services["bare", SERVICE].reason
             assert "gpt-nowhere" in reason
-            assert "known: smollm2-135m-instruct" in reason
+            assert "known: " in reason
+            assert "smollm2-135m-instruct" in reason
             for ask in (
                 ModelGenerate("c", [ChatMessage("user", "hello")]),
                 ModelSnapshot("c"),
