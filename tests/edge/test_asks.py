@@ -342,6 +342,7 @@ def test_a_durable_ask_is_carried_out_again_after_its_process_was_killed(
     child.kill()
     again = start_child("durable", tmp_path)
     assert future.result(DEADLINE_S).text == "done"
+    again.wait_for("generate c1")
     assert again.lines.count("generate c1") == 1
     again.kill()
     third = start_child("durable", tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from edge import blobs as blobs_module
 from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Bus
-from protocol.errors import BadSignature, BlobError, MindstreamError, NotFound, Overloaded, UnknownPeer
+from protocol.errors import BadSignature, BlobError, NotFound, Overloaded, UnknownPeer
 from protocol.identity import Identity, Keyring, digest
 from protocol.manifest import (
     MAX_CHUNK_BYTES,
@@ -204,13 +204,28 @@ def test_a_chunk_damaged_on_the_way_is_refused_counted_and_asked_for_again(
     assert fetcher.store.chunks(held.manifest) == held.data
 
 
-def test_a_chunk_damaged_at_its_holder_ends_the_transfer_with_its_reason(
-    held: Held, holder: Holder, fetcher: Fetcher
-) -> None:
-    (held.folder / "store" / "chunks" / held.manifest.chunks[5].digest.hex()).write_bytes(b"damaged")
-    with pytest.raises(BlobError, match="chunk 5 came damaged 3 times"):
+def test_a_chunk_that_always_comes_damaged_ends_the_transfer(held: Held, holder: Holder, fetcher: Fetcher) -> None:
+    say = holder.blob_bus.say
+
+    def damage(message: Any, **names: Any) -> None:
+        say(BlobChunk(index=5, data=b"damaged") if message.index == 5 else message, **names)
+
+    holder.blob_bus.say = damage  # type: ignore[method-assign]
+    with pytest.raises(BlobError, match="chunk 5 came damaged 3 times") as caught:
         fetcher.pull(held)
+    assert caught.value.reason == "chunk damaged"
     assert not fetcher.store.has(held.manifest.chunks[5])
+
+
+def test_a_chunk_damaged_on_its_holders_disk_is_lost_to_it_and_not_sent(
+    held: Held, holder: Holder, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs_module, "STALL_S", 0.3)
+    path = held.folder / "store" / "chunks" / held.manifest.chunks[5].digest.hex()
+    path.write_bytes(bytes([held.data[5][0] ^ 1]) + held.data[5][1:])
+    with pytest.raises(BlobError, match="has lost 1 of its chunks"):
+        fetcher.pull(held)
+    assert fetcher.bus.counters["refused.blob_chunk"] == 0
 
 
 def test_a_holder_that_has_lost_chunks_says_so(held: Held, holder: Holder, fetcher: Fetcher) -> None:
@@ -355,12 +370,12 @@ def test_names_that_are_no_ids_do_not_leave_the_folder(held: Held) -> None:
             held.store.manifest(name)
 
 
-def test_a_damaged_chunk_is_found_and_can_be_dropped(held: Held) -> None:
+@pytest.mark.parametrize("damage", [lambda data: b"x", lambda data: bytes(len(data))])
+def test_a_damaged_chunk_is_found_and_removed(held: Held, damage: Callable[[bytes], bytes]) -> None:
     ref = held.manifest.chunks[0]
-    (held.folder / "store" / "chunks" / ref.digest.hex()).write_bytes(b"x")
-    with pytest.raises(MindstreamError, match="chunk 0"):
-        held.store.chunks(held.manifest)
-    held.store.drop_chunk(ref)
-    with pytest.raises(BlobError, match="chunk 0 of a snapshot: it is not here"):
+    (held.folder / "store" / "chunks" / ref.digest.hex()).write_bytes(damage(held.data[0]))
+    with pytest.raises(BlobError, match=f"1 of its {CHUNKS} chunks are missing or"):
         held.store.chunks(held.manifest)
     assert held.store.chunk(ref) is None
+    held.store.put_chunk(ref, held.data[0])
+    assert held.store.chunks(held.manifest) == held.data
