@@ -117,23 +117,6 @@ def choose_device(hardware: Hardware, wanted: str = "auto", *, torch_cuda: bool 
     return Choice("cuda", hardware.cuda_reason)
 
 
-def choose_dtype(hardware: Hardware, device: str, wanted: str = "auto") -> Choice:
-    """``bfloat16`` or ``float32``, as torch names them. ``wanted`` is ``auto`` or a dtype.
-
-    Without instructions for bfloat16 a CPU converts at each step and is slower than with float32.
-    Raises ValueError for another word.
-    """
-    if wanted not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {wanted!r} is none of auto, bfloat16, float16, float32")
-    if wanted != "auto":
-        return Choice(wanted, "set in the configuration")
-    if device == "cuda":
-        return Choice("bfloat16", "a GPU computes in it, in half the memory of float32")
-    if hardware.bf16:
-        return Choice("bfloat16", f"this CPU computes in it ({hardware.bf16})")
-    return Choice("float32", "this CPU has no instructions for bfloat16")
-
-
 def _cuda(root: Path, jetson: str | None) -> tuple[bool, str]:
     if jetson:
         device = next(

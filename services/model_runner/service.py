@@ -20,6 +20,7 @@ from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.dispatch import remaining_ms
+from edge.hardware import Choice, choose_device, describe
 from edge.models import ensure
 from edge.service import Context, Service, hears
 from protocol.codec import Received
@@ -101,6 +102,7 @@ class ModelRunner(Service):
             "model": spec.name,
             "engine": numerics.engine,
             "device": numerics.device,
+            "device_reason": loaded.device_reason,
             "dtype": spec.dtype,
             "dtype_reason": spec.dtype_reason,
             "queued": self.worker.queued,
@@ -113,13 +115,18 @@ class ModelRunner(Service):
         settings = self.config.model
         files = ensure(settings.name, folders=[Path(folder) for folder in settings.folders])
         log.info("loading %s from %s", settings.name, files.folder)
+        from torch.cuda import is_available
+
         from services.model_runner.chat import ChatFormat
         from services.model_runner.transformers_engine import TransformersEngine
 
+        device = Choice(settings.device, "set in the configuration")
+        if settings.device == "auto":
+            device = choose_device(describe(), torch_cuda=is_available())
         engine = TransformersEngine.load(
             files.folder,
             name=settings.name,
-            device=settings.device,
+            device=device.value,
             dtype=settings.dtype,
             threads=settings.threads,
             cache_dir=self.context.data_dir,
@@ -132,7 +139,7 @@ class ModelRunner(Service):
             now_us=lambda: time.time_ns() // 1000,
             on_evict=self._evicted,
         )
-        return Loaded(engine, ChatFormat.load(files.folder), conversations, context)
+        return Loaded(engine, ChatFormat.load(files.folder), conversations, context, device.reason)
 
     def _evicted(self, name: str) -> None:
         self.bus.counters.add("evicted.kv_cache")

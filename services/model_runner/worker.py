@@ -36,6 +36,8 @@ class Loaded:
     chat: ChatFormat
     conversations: Conversations
     max_context_tokens: int
+    device_reason: str
+    """Why the engine runs where it does."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge.hardware import Hardware, choose_device, choose_dtype, describe
+from edge.hardware import Hardware, choose_device, describe
 
 
 def machine(root: Path, **files: str) -> Hardware:
@@ -35,21 +35,19 @@ def test_nothing_readable_is_unknown_not_guessed(tmp_path: Path) -> None:
     assert hardware.power_sensors == ()
 
 
-def test_x86_with_bf16_chooses_bfloat16_and_says_why(tmp_path: Path) -> None:
+def test_x86_with_bf16_is_described(tmp_path: Path) -> None:
     cpu = "model name\t: AMD EPYC 9654\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
     hardware = machine(tmp_path, **{"proc/cpuinfo": cpu, "proc/meminfo": "MemTotal:  1024 kB\nMemAvailable: 512 kB\n"})
     assert hardware.cpu_model == "AMD EPYC 9654"
     assert hardware.cpu_flags == ("avx2", "avx512f", "avx512_bf16")
     assert (hardware.memory_bytes, hardware.memory_available_bytes) == (1024 * 1024, 512 * 1024)
-    choice = choose_dtype(hardware, "cpu")
-    assert choice.value == "bfloat16"
-    assert "avx512_bf16" in choice.reason
+    assert hardware.bf16 == "avx512_bf16"
 
 
-def test_a_cpu_without_bf16_chooses_float32(tmp_path: Path) -> None:
+def test_a_cpu_without_bf16_is_described(tmp_path: Path) -> None:
     hardware = machine(tmp_path, **{"proc/cpuinfo": "Features\t: fp asimd asimddp\n"})
     assert hardware.cpu_flags == ("asimd", "asimddp")
-    assert choose_dtype(hardware, "cpu").value == "float32"
+    assert not hardware.bf16
 
 
 def test_a_jetson_is_known_by_its_device_tree_and_its_rails(tmp_path: Path) -> None:
@@ -114,8 +112,6 @@ def test_rapl_counts_packages_not_the_planes_inside(tmp_path: Path) -> None:
 def test_the_configuration_has_the_last_word(tmp_path: Path) -> None:
     hardware = describe(tmp_path)
     assert choose_device(hardware, "cuda").value == "cuda"
-    assert choose_dtype(hardware, "cpu", "float16").reason == "set in the configuration"
+    assert choose_device(hardware, "cpu").reason == "set in the configuration"
     with pytest.raises(ValueError, match="none of auto, cpu, cuda"):
         choose_device(hardware, "tpu")
-    with pytest.raises(ValueError, match="none of auto"):
-        choose_dtype(hardware, "cpu", "int3")
