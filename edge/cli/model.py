@@ -93,9 +93,13 @@ def _talk(bus: Bus, turn: object) -> None:
     while True:
         try:
             said = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            # It stops an answer; one that has just ended by itself must not end the talk.
+            print("\n(Ctrl-D ends)", file=sys.stderr)
+            continue
         if not said.strip():
             continue
         try:

@@ -23,6 +23,7 @@ from edge.text import printable
 from protocol import errors
 from protocol.errors import AskExpired, ConfigError, ConversationUnknown, MindstreamError, NotConnected
 from protocol.identity import Identity
+from protocol.messages import RunToken
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
@@ -311,6 +312,7 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
 ) -> None:
     node = Node(tmp_path, "tomato", embedded_broker.url, ["model_runner"])
     watcher = Watcher(embedded_broker.url)
+    tokens: list[str] = []
     node.start()
     try:
         watcher.wait_ready("tomato", ["model_runner"], MODEL_READY_S)
@@ -318,9 +320,34 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["tokens"]) <= 8
 
-        master, terminal = pty.openpty()
-        chat = subprocess.Popen(
-            [*PROGRAM, "--config", str(node.config), "chat", "--max-new-tokens", "4000"],
+        watcher.bus.hear(RunToken, lambda message: tokens.append(message.data.text))
+        watcher.bus.wait_subscribed(10)
+        with _Terminal([*PROGRAM, "--config", str(node.config), "chat", "--max-new-tokens", "4000"]) as chat:
+            chat.expect("> ")
+            chat.type("Count from one to ten thousand, in words.\n")
+            wait_for(lambda: tokens, "it says nothing", 60)
+            chat.type("\x03")
+            chat.expect("[stopped]", 60)
+            chat.expect("> ")
+            chat.type("\x03")  # at the prompt it ends nothing
+            chat.expect("> ")
+            chat.type("\x04")
+            assert chat.process.wait(30) == 0
+        assert node.stop() == 0
+    finally:
+        watcher.bus.stop()
+        if node.process is not None and node.process.poll() is None:
+            node.kill()
+
+
+class _Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._master, terminal = pty.openpty()
+        self._unread = ""
+        self.process = subprocess.Popen(
+            command,
             cwd=CHECKOUT,
             stdin=terminal,
             stdout=terminal,
@@ -329,21 +356,29 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
             preexec_fn=_take_terminal,
         )
         os.close(terminal)
-        _expect(master, "> ")
-        os.write(master, b"Count from one to ten thousand, in words.\n")
-        _expect(master, "\n", 60)
-        wait_for(lambda: watcher.services["tomato", "model_runner"].details.get("answering"), "it says nothing", 60)
-        os.write(master, b"\x03")
-        _expect(master, "[stopped]", 60)
-        _expect(master, "> ")
-        os.write(master, b"\x04")
-        assert chat.wait(30) == 0
-        os.close(master)
-        assert node.stop() == 0
-    finally:
-        watcher.bus.stop()
-        if node.process is not None and node.process.poll() is None:
-            node.kill()
+
+    def __enter__(self) -> _Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def expect(self, text: str, timeout_s: float = 30.0) -> None:
+        """Read until ``text`` has come; what follows it is for the next call."""
+        deadline_s = time.monotonic() + timeout_s
+        while text not in self._unread:
+            assert time.monotonic() < deadline_s, f"{text!r} did not come; there was {self._unread!r}"
+            if select.select([self._master], [], [], 0.2)[0]:
+                try:
+                    self._unread += os.read(self._master, 4096).decode("utf-8", "replace")
+                except OSError:  # the program has closed its terminal
+                    pytest.fail(f"{text!r} did not come before the end; there was {self._unread!r}")
+        self._unread = self._unread.partition(text)[2]
 
 
 def _take_terminal() -> None:
@@ -351,14 +386,3 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def _expect(master: int, text: str, timeout_s: float = 30.0) -> str:
-    """Read the terminal until ``text`` has come."""
-    seen = ""
-    deadline_s = time.monotonic() + timeout_s
-    while text not in seen:
-        assert time.monotonic() < deadline_s, f"{text!r} did not come; there was {seen!r}"
-        if select.select([master], [], [], 0.2)[0]:
-            seen += os.read(master, 4096).decode("utf-8", "replace")
-    return seen
