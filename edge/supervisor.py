@@ -278,10 +278,10 @@ class Supervisor:
         try:
             kept.child = start_child(command, name=name, on_line=on_line)
         except MindstreamError as error:
-            self._count_death(kept, str(error))
+            self._count_death(kept, f"could not be started: {error}")
 
     def _after_death(self, kept: _Kept, child: ChildProcess, code: int) -> None:
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         reason = how + (f": {child.last_line}" if child.last_line and code > 0 else "")
         if code == EXIT_CONFIG:
             self._give_up(kept, child.last_line or "its configuration is wrong")
@@ -299,7 +299,7 @@ class Supervisor:
             self._give_up(
                 kept,
                 f"it died {deaths} times in {settings.restart_window_s:g} s (supervisor.restart_limit is"
-                f" {settings.restart_limit}); the last time it was {reason}",
+                f" {settings.restart_limit}); the last time it {reason}",
             )
             return
         pause_s = min(settings.backoff_max_s, settings.backoff_first_s * 2 ** (deaths - 1))
@@ -311,7 +311,7 @@ class Supervisor:
         kept.state = "failed"
         kept.failure = reason
         kept.start_at_s = None
-        self._report("service-stopped", "error", f"{kept.row.name} is not started again: {reason}. The others go on.")
+        self._report("service-stopped", "error", f"{kept.row.name} is given up: {reason}. The others go on.")
         self._say_failure(kept)
         self._said_at_s = 0.0
 
@@ -483,7 +483,8 @@ class _LogFileHandler(logging.Handler):
 def supervise(config: Config, config_path: Path | None = None) -> None:
     """Run a supervisor in this process's main thread until SIGTERM or SIGINT. Raises what Supervisor.run raises."""
     supervisor = Supervisor(config, config_path=config_path)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # SIGHUP: the terminal was closed.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: supervisor.stop())
     log_file = RotatingLog(
         supervisor.data_dir / "logs" / "supervisor.log", max_bytes=config.log.file_bytes, files=config.log.files

@@ -197,7 +197,10 @@ def test_one_data_folder_has_one_supervisor(tmp_path: Path, embedded_broker: Emb
         node.kill()
         # The lock went with its holder: the next one starts.
         node.start()
-        watcher.wait_ready("tomato", MEMORY_SERVICES)
+        wait_for(
+            lambda: watcher.nodes["tomato"].state == "ready" and watcher.nodes["tomato"].pid == node.process.pid,
+            "the next one is not ready",
+        )
         assert node.stop() == 0
 
 
