@@ -24,7 +24,7 @@ from edge.inbox import AckLedger, Inbox, Ticket
 from edge.replies import RUNNING, ReplyCache
 from protocol import codec, topics
 from protocol.codec import Received
-from protocol.errors import AskExpired, Cancelled, MessageTooLarge, MindstreamError, ProtocolError, to_wire
+from protocol.errors import AskExpired, BusError, Cancelled, MessageTooLarge, MindstreamError, ProtocolError, to_wire
 from protocol.messages import MESSAGES, MessageRow, row_of
 from protocol.topics import ParsedTopic
 
@@ -168,13 +168,20 @@ class Dispatcher:
     def hear(
         self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]
     ) -> Hearing:
-        """Add a hearing."""
+        """Add a hearing. Raises BusError when one for the same messages is there: only one could answer."""
         row = row_of(struct)
         if row.ask is not None:
             names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
         hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
         with self._changing:
-            self._hearings = {**self._hearings, row.type: (*self._hearings.get(row.type, ()), hearing)}
+            others = self._hearings.get(row.type, ())
+            if any(other.filter == hearing.filter for other in others):
+                raise BusError(
+                    f"hearing {row.type} on {self._speaker.source}: {hearing.filter} has a handler already",
+                    hint="end the other hearing first, or let one handler serve both",
+                    type=row.type,
+                )
+            self._hearings = {**self._hearings, row.type: (*others, hearing)}
             self._heard_topics |= {row.topic.name}
         return hearing
 

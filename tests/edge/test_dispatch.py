@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from edge.bus import Bus, Deferred
 from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
-from protocol.errors import NotFound
-from protocol.messages import Event, MemoryPut, MemoryStored, RunToken
+from protocol.errors import BusError, NotFound
+from protocol.messages import Event, MemoryPut, MemoryStored, NodeState, RunToken
 from tests.edge.bus_support import DEADLINE_S, stored, wait_until
 from tests.edge.conftest import OpenBus
 
@@ -238,3 +240,13 @@ def test_a_handler_that_fails_on_an_ask_answers_and_goes_on(make_bus: OpenBus, o
     assert "the log of sprout/memory_store" in str(error)
     assert isinstance(asker.ask("sprout", MemoryPut(text="good"), ttl_ms=10_000), MemoryStored)
     assert responder.counters["failed.handler"] == 1
+
+
+def test_a_second_handler_for_the_same_messages_is_refused() -> None:
+    bus = Bus(url="mqtt://127.0.0.1:1", node="sprout", client="twice")
+    stop_hearing = bus.hear(NodeState, print)
+    with pytest.raises(BusError, match=r"node\.state.*has a handler already"):
+        bus.hear(NodeState, print)
+    bus.hear(NodeState, print, node="tomato")
+    stop_hearing()
+    bus.hear(NodeState, print)
