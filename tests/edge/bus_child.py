@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -29,7 +30,7 @@ FOREVER = threading.Event()
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    os.write(1, f"{line}\n".encode())  # whole, whichever thread says it: print() mixes lines of two, or loses one
 
 
 def hear_events(url: str, *, hold: bool) -> Bus:
