@@ -68,11 +68,9 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
     else:
         progress("Mosquitto is not installed: its figures are null")
     for name in ("embedded", "mosquitto"):
-        found = (
-            _measure(brokers[name], quick, lambda line, name=name: progress(f"{name}: {line}"))
-            if name in brokers
-            else {}
-        )
+        found: Figures = {}
+        if name in brokers:
+            found = _measure(brokers[name], quick, functools.partial(_say, progress, name))
         figures |= {f"{key}_{name}": found.get(key) for key in _keys()}
     for key, higher in _HIGHER_IS_BETTER.items():
         both = [value for name in brokers if isinstance(value := figures[f"{key}_{name}"], float)]
@@ -86,6 +84,10 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
         "baseline": BASELINE,
     }
     return figures
+
+
+def _say(progress: Progress, broker: str, line: str) -> None:
+    progress(f"{broker}: {line}")
 
 
 def _keys() -> tuple[str, ...]:
@@ -253,6 +255,10 @@ def _event(number: int) -> Event:
     return Event("bench", "info", f"{number:08d}" + "x" * (PAYLOAD_BYTES - bare))
 
 
+def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 class _Raw:
     """A paho client with our socket options and our window, and nothing else of ours."""
 
@@ -264,7 +270,7 @@ class _Raw:
         host, _, port = url.removeprefix("mqtt://").partition(":")
         self._paho = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5)
         self._paho.max_inflight_messages_set(0)
-        self._paho.on_socket_open = lambda _c, _u, sock: sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._paho.on_socket_open = _no_delay
         self._paho.on_connect = self._on_connect
         self._paho.on_subscribe = lambda *_: self._ready.set()
         self._paho.on_publish = self._on_publish
@@ -303,7 +309,7 @@ class _Raw:
         self._quick = True
 
     def _quick_ack(self) -> None:
-        sock = self._paho.socket()
+        sock: Any = self._paho.socket()
         if sock is not None and hasattr(socket, "TCP_QUICKACK"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
