@@ -35,6 +35,7 @@ from edge.asks import PendingAsks
 from edge.counters import Counters, Events
 from edge.dispatch import Deferred, Dispatcher
 from edge.journal import CommandJournal
+from edge.mqtt_client import FastClient
 from edge.wire_properties import RequestProperties
 from protocol import codec, topics
 from protocol.codec import Received
@@ -140,8 +141,13 @@ class Bus:
         self._backlog_bytes = 0
 
         client_id = f"mindstream-{node}-{client}"
-        self._paho = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=paho.MQTTv5, manual_ack=True
+        self._paho = FastClient(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            protocol=paho.MQTTv5,
+            manual_ack=True,
+            on_packet=self._guarded(self._receive),
+            on_acknowledged=self._guarded(self._acknowledged),
         )
         self._dispatch = Dispatcher(
             node,
@@ -173,7 +179,6 @@ class Bus:
         self._paho.on_disconnect = self._guarded(self._on_disconnect)
         self._paho.on_subscribe = self._guarded(self._on_subscribe)
         self._paho.on_publish = self._guarded(self._on_publish)
-        self._paho.on_message = self._guarded(self._on_message)
         if will is not None:
             message, names = will
             row = row_of(message)
@@ -587,9 +592,8 @@ class Bus:
                 self._subscribed.set()
 
     def _on_publish(self, _client: paho.Client, _data: Any, _mid: int, reason: ReasonCode, _properties: Any) -> None:
-        self._window_free(1)
-        if self._in_flight < QUICK_ACK_BELOW:
-            self._quick_ack()
+        """A PUBACK that says more than that all is well."""
+        self._acknowledged()
         if reason.is_failure:
             self.counters.add("refused.publish")
             self.events.report(
@@ -598,13 +602,13 @@ class Bus:
                 f"{self.source}: the broker refused a message: {reason}; its ACL lets a name write its own branch only",
             )
 
-    def _on_message(self, _client: paho.Client, _data: Any, packet: paho.MQTTMessage) -> None:
-        try:
-            name = packet.topic
-        except UnicodeDecodeError:
-            name = ""
-        expiry_s = getattr(packet.properties, "MessageExpiryInterval", None)
-        self._dispatch.receive(name, bytes(packet.payload), packet.mid if packet.qos else 0, expiry_s)
+    def _acknowledged(self) -> None:
+        self._window_free(1)
+        if self._in_flight < QUICK_ACK_BELOW:
+            self._quick_ack()
+
+    def _receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None) -> None:
+        self._dispatch.receive(name, payload, packet_id, expiry_s)
         if len(self._dispatch.inbox) < QUICK_ACK_BELOW:
             self._quick_ack()
 

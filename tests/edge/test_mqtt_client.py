@@ -1,0 +1,141 @@
+"""The short way in gives what paho's own way gives, for every PUBLISH and PUBACK that paho can read."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.exception import MalformedPacket
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from edge.mqtt_client import FastClient, ReadAhead
+
+Seen = tuple[str, bytes, int, "int | None"]
+
+
+def fast_client(seen: list[Seen], acknowledged: list[int]) -> FastClient:
+    return FastClient(
+        CallbackAPIVersion.VERSION2,
+        protocol=paho.MQTTv5,
+        manual_ack=True,
+        on_packet=lambda *packet: seen.append(packet),
+        on_acknowledged=lambda: acknowledged.append(1),
+    )
+
+
+def stock_client(seen: list[Seen]) -> paho.Client:
+    client = paho.Client(CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5, manual_ack=True)
+
+    def on_message(_client: Any, _data: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        expiry_s = getattr(message.properties, "MessageExpiryInterval", None)
+        seen.append((topic, bytes(message.payload), message.mid if message.qos else 0, expiry_s))
+
+    client.on_message = on_message
+    return client
+
+
+def handle(client: paho.Client, header: int, packet: bytes) -> object:
+    client._in_packet["command"] = header
+    client._in_packet["packet"] = bytearray(packet)
+    client._in_packet["remaining_length"] = len(packet)
+    try:
+        return client._packet_handle()
+    except MalformedPacket:
+        return "malformed"
+
+
+@st.composite
+def publishes(draw: st.DrawFn) -> tuple[int, bytes]:
+    qos = draw(st.sampled_from([0, 1]))
+    topic = draw(st.one_of(st.text(min_size=1, max_size=40).map(str.encode), st.binary(min_size=1, max_size=8)))
+    properties = Properties(PacketTypes.PUBLISH)
+    if draw(st.booleans()):
+        properties.UserProperty = [("name", draw(st.text(max_size=200)))]
+    if draw(st.booleans()):
+        properties.MessageExpiryInterval = draw(st.integers(0, 2**32 - 1))
+    if draw(st.booleans()):
+        properties.CorrelationData = draw(st.binary(max_size=40))
+    if draw(st.booleans()):
+        properties.ResponseTopic = "a/b"
+    header = 0x30 | qos << 1 | draw(st.sampled_from([0, 1, 8]))
+    packet = len(topic).to_bytes(2, "big") + topic
+    packet += draw(st.integers(1, 65_535)).to_bytes(2, "big") if qos else b""
+    return header, packet + properties.pack() + draw(st.binary(max_size=300))
+
+
+@given(publishes())
+def test_a_publish_is_read_as_paho_reads_it(publish: tuple[int, bytes]) -> None:
+    fast: list[Seen] = []
+    stock: list[Seen] = []
+    handle(fast_client(fast, []), *publish)
+    handle(stock_client(stock), *publish)
+    assert fast == stock
+
+
+@given(st.sampled_from([0x30, 0x32, 0x31, 0x3A]), st.binary(max_size=40))
+def test_bytes_that_are_no_publish_are_malformed_or_read_as_paho_reads_them(header: int, packet: bytes) -> None:
+    fast: list[Seen] = []
+    stock: list[Seen] = []
+    refused = handle(fast_client(fast, []), header, packet) == "malformed"
+    stock_refused = handle(stock_client(stock), header, packet) == "malformed"
+    if not stock_refused:
+        assert not refused
+        assert fast == stock
+
+
+def test_a_puback_of_success_frees_its_message_and_says_so() -> None:
+    acknowledged: list[int] = []
+    client = fast_client([], acknowledged)
+    info = client.publish("a", b"x", 1)
+    assert not info._published
+    handle(client, 0x40, info.mid.to_bytes(2, "big"))
+    assert info._published
+    assert acknowledged == [1]
+    assert not client._out_messages
+    handle(client, 0x40, info.mid.to_bytes(2, "big"))
+    assert acknowledged == [1], "a PUBACK that nobody waits for counts nothing"
+
+
+def test_a_puback_with_a_reason_goes_the_long_way() -> None:
+    client = fast_client([], [])
+    reasons: list[str] = []
+    client.on_publish = lambda _c, _d, _mid, reason, _p: reasons.append(str(reason))
+    info = client.publish("a", b"x", 1)
+    handle(client, 0x40, info.mid.to_bytes(2, "big") + b"\x87")
+    assert reasons == ["Not authorized"]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 3], [100_000], [1, 70_000, 1], [5]])
+def test_reading_ahead_gives_the_same_bytes_in_the_same_order(sizes: list[int]) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        here.setblocking(False)
+        ahead = ReadAhead(here)
+        with pytest.raises(BlockingIOError):
+            ahead.recv(1)
+        sent = bytes(range(256)) * (sum(sizes) // 256 + 1)
+        got = b""
+        written = 0
+        turn = 0
+        while len(got) < len(sent):
+            if written < len(sent):
+                written += there.send(sent[written : written + 20_000])
+            size = sizes[turn % len(sizes)]
+            piece = ahead.recv(size) if ahead.pending() or written > len(got) else b""
+            assert len(piece) <= size
+            got += piece
+            turn += 1
+        assert got == sent
+        assert ahead.pending() == 0
+        there.close()
+        assert ahead.recv(1) == b"", "the end of the stream is passed on"
