@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from edge.bus import Bus
 from protocol.errors import MindstreamError
 from protocol.ids import uuid7
 from protocol.messages import MemoryPut, MemoryStored
-from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, two_nodes, wait_for
+from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, kill_broker, two_nodes, wait_for
 
 PUTS = 2_000
 CLIENTS = 8
@@ -49,7 +47,7 @@ def _kill_at_random(
         node = chance.choice(nodes)
         killed[victim] += 1
         if victim == "broker":
-            os.kill(broker.pid, signal.SIGKILL)
+            kill_broker(broker)
             time.sleep(chance.uniform(0, 0.3))
             broker.start()
         elif victim == "supervisor":
