@@ -248,8 +248,7 @@ class Bus:
 
         Called once every hearing is there, before start(). Raises StorageError.
         """
-        self._dispatch.durable_asks = journal
-        self._dispatch.on_dead_letter = journal.dead_letter
+        self._dispatch.journal = journal
         recovery = journal.unfinished()
         left = sum(not self._dispatch.again(each.topic, each.payload, each.ttl_ms) for each in recovery.commands)
         for name, count in (("expired", recovery.expired), ("dead_letters", recovery.dead), ("left_for_later", left)):
@@ -607,8 +606,8 @@ class Bus:
         if self._in_flight < QUICK_ACK_BELOW:
             self._quick_ack()
 
-    def _receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None) -> None:
-        self._dispatch.receive(name, payload, packet_id, expiry_s)
+    def _receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool) -> None:
+        self._dispatch.receive(name, payload, packet_id, expiry_s, redelivered)
         if len(self._dispatch.inbox) < QUICK_ACK_BELOW:
             self._quick_ack()
 

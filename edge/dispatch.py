@@ -55,14 +55,23 @@ class Speaker(Protocol):
         """Publish an answer in this node's branch. Raises an error of the tree."""
 
 
-class DurableAsks(Protocol):
-    """Where durable asks are written down: edge.journal.CommandJournal."""
+class Journal(Protocol):
+    """Where durable asks and dead letters are written down: edge.journal.CommandJournal."""
 
     def accept(self, received: Received, payload: bytes, ttl_ms: int) -> str | bytes:
         """``new``, ``running``, ``expired``, or the bytes of the answer that it had. Raises StorageError."""
 
     def finish(self, received: Received, reply: bytes, *, failed: bool = False) -> None:
         """Keep the answer. Raises StorageError."""
+
+    def count_failure(self, key: str) -> int:
+        """How often the message of ``key`` has come again, restarts included. Raises StorageError."""
+
+    def forget_failures(self, key: str) -> None:
+        """It was handled after all, or given up. Raises StorageError."""
+
+    def dead_letter(self, topic: str, payload: bytes, error: BaseException | str, attempts: int) -> int:
+        """Keep a message that cannot be handled. Raises StorageError."""
 
 
 @dataclass
@@ -94,6 +103,8 @@ class Arrival:
     attempts: int = 0
     journaled: bool = False
     """A durable ask that is in the journal already."""
+    redelivered: bool = False
+    """The broker sent it before: whoever had it may have died of it."""
     watchers: list[Callable[[str, bytes], None]] = field(default_factory=list)
 
 
@@ -151,8 +162,7 @@ class Dispatcher:
         self._resolve = resolve
         self._counters = counters
         self._events = events
-        self.on_dead_letter: Callable[[str, bytes, BaseException, int], object] | None = None
-        self.durable_asks: DurableAsks | None = None
+        self.journal: Journal | None = None
         self.ledger = AckLedger(send_ack)
         self.inbox: Inbox[Arrival] = Inbox(limit)
         # Read by the network thread while others add and remove: every change makes new ones.
@@ -213,13 +223,16 @@ class Dispatcher:
 
     # --- on the network thread ----------------------------------------------------------------------------
 
-    def receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None) -> None:
+    def receive(
+        self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool = False
+    ) -> None:
         """Read one packet and put it where it belongs.
 
         Args:
             name: its topic; empty when that was not UTF-8.
             packet_id: its MQTT packet id; 0 for QoS 0.
             expiry_s: what the broker left of its message expiry, MQTT 5 only.
+            redelivered: the broker says that it was sent before.
         """
         received_s = time.monotonic()
         ticket = self.ledger.take(packet_id)
@@ -235,7 +248,7 @@ class Dispatcher:
         if hearing is None and not watchers:
             self.ledger.settle(ticket)
             return
-        arrival = Arrival(ticket, name, payload, hearing, message, watchers=watchers)
+        arrival = Arrival(ticket, name, payload, hearing, message, redelivered=redelivered, watchers=watchers)
         if not self.inbox.offer(arrival, len(payload), wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")
         # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
@@ -313,8 +326,12 @@ class Dispatcher:
         if hearing is None:
             for arrival in arrivals:
                 self.ledger.settle(arrival.ticket)
-        elif hearing.row.ask is None:
-            self._call(hearing, arrivals)
+            return
+        if any(arrival.redelivered for arrival in arrivals):
+            arrivals = [arrival for arrival in arrivals if not self._kills(arrival)]
+        if hearing.row.ask is None:
+            if arrivals:
+                self._call(hearing, arrivals)
         elif live := [arrival for arrival in arrivals if self._may_answer(arrival)]:
             self._call(hearing, live)
 
@@ -374,16 +391,16 @@ class Dispatcher:
             return self._is_new(arrival, message)
         self._counters.add(f"refused.{error.code}")
         self._answer(arrival, message, error)
-        self.ledger.settle(arrival.ticket)
+        self._handled(arrival)
         return False
 
     def _is_new(self, arrival: Arrival, message: Received) -> bool:
         """Whether an ask comes for the first time; a repetition gets the answer that was given, or waits for it."""
         known = self._replies.begin(_key(message), message.ttl_ms)
-        if known is None and message.row.ask is not None and message.row.ask.durable and self.durable_asks is not None:
+        if known is None and message.row.ask is not None and message.row.ask.durable and self.journal is not None:
             if not arrival.journaled:
                 try:
-                    verdict = self.durable_asks.accept(message, arrival.payload, remaining_ms(message))
+                    verdict = self.journal.accept(message, arrival.payload, remaining_ms(message))
                 except MindstreamError as error:
                     self._finish(arrival, error)
                     return False
@@ -393,13 +410,13 @@ class Dispatcher:
                     known = RUNNING
                 arrival.journaled = True
             # It is on the disk: the broker may forget it while it is being carried out.
-            self.ledger.settle(arrival.ticket)
+            self._handled(arrival)
         if known is None:
             return True
         self._counters.add("duplicates")
         if known is not RUNNING:
             self._answer(arrival, message, known)
-        self.ledger.settle(arrival.ticket)
+        self._handled(arrival)
         return False
 
     def _finish(self, arrival: Arrival, result: Reply) -> None:
@@ -418,7 +435,7 @@ class Dispatcher:
             self._events.report(
                 "refused-message", "warning", f"{self._speaker.source}: {result}", error=to_wire(result)
             )
-        self.ledger.settle(arrival.ticket)
+        self._handled(arrival)
 
     def _finish_deferred(self, arrival: Arrival, future: Future[Any]) -> None:
         error = Cancelled("it was given up") if future.cancelled() else future.exception()
@@ -457,12 +474,51 @@ class Dispatcher:
         else:
             self._bury(arrival, message, error)
 
+    def _kills(self, arrival: Arrival) -> bool:
+        """Whether a message has come again too often: each time before, the process that had it died. It is given up.
+
+        Counted on the disk before it is handled. A durable ask is counted by the journal's own recovery. Needs a
+        broker that marks what it sends again (DUP): Mosquitto does, rumqttd does not.
+        """
+        message = arrival.message
+        if not arrival.redelivered or message is None or not message.id or self.journal is None:
+            arrival.redelivered = False
+            return False
+        if message.row.ask is not None and message.row.ask.durable:
+            arrival.redelivered = False
+            return False
+        try:
+            arrival.attempts = self.journal.count_failure(_key(message))
+        except MindstreamError as error:
+            log.error("counting how often %s came: %s", message.type, error)
+            return False
+        if arrival.attempts <= ATTEMPTS:
+            arrival.attempts = 0  # what fails in this process is counted anew
+            return False
+        died = MindstreamError(
+            f"handling {message.type}: the service ended each of the {arrival.attempts} times it came",
+            hint=f"the log of {self._speaker.source} has the details",
+        )
+        if message.row.ask is not None:
+            self._answer(arrival, message, died)
+        self._bury(arrival, message, died)
+        return True
+
+    def _handled(self, arrival: Arrival) -> None:
+        """Acknowledge; a message that came again did not kill this process, and is counted no more."""
+        if arrival.redelivered and arrival.message is not None and self.journal is not None:
+            try:
+                self.journal.forget_failures(_key(arrival.message))
+            except MindstreamError as error:
+                log.error("forgetting how often %s came: %s", arrival.message.type, error)
+        self.ledger.settle(arrival.ticket)
+
     def _bury(self, arrival: Arrival, message: Received, error: Exception) -> None:
         """Keep a message that nobody can handle apart, say so, and acknowledge it."""
         self._counters.add("dead_letters")
-        if self.on_dead_letter is not None:
+        if self.journal is not None:
             try:
-                self.on_dead_letter(arrival.topic, arrival.payload, error, arrival.attempts)
+                self.journal.dead_letter(arrival.topic, arrival.payload, error, arrival.attempts)
             except MindstreamError as storage_error:
                 log.error("keeping a dead letter of %s: %s", arrival.topic, storage_error)
         self._events.report(
@@ -471,14 +527,14 @@ class Dispatcher:
             f"{self._speaker.source}: {message.type} from {message.source} failed {arrival.attempts} times: {error}",
             error=to_wire(error, topic=arrival.topic, type=message.type),
         )
-        self.ledger.settle(arrival.ticket)
+        self._handled(arrival)
 
     def _answer(self, arrival: Arrival, message: Received, result: Reply) -> int:
         """Answer one ask, a durable one's answer being kept first; the answer's size in bytes."""
         payload = self._encode(result, message.id, arrival.topic, message.type)
-        if arrival.journaled and self.durable_asks is not None:
+        if arrival.journaled and self.journal is not None:
             try:
-                self.durable_asks.finish(message, payload, failed=isinstance(result, MindstreamError))
+                self.journal.finish(message, payload, failed=isinstance(result, MindstreamError))
             except MindstreamError as error:
                 # It will be carried out again after a restart; better than no answer now.
                 self._counters.add("dropped.journal")

@@ -23,7 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 READ_AHEAD_BYTES = 64 * 1024
-_QOS_BITS, _QOS_2 = 0x06, 0x04
+_DUP, _QOS_BITS, _QOS_2 = 0x08, 0x06, 0x04
 _EXPIRY = 0x02
 
 
@@ -65,7 +65,8 @@ class FastClient(paho.Client):
 
     Args:
         on_packet: called on the network thread for each PUBLISH with topic (empty when it is not UTF-8), payload,
-            packet id (0 for QoS 0) and the message expiry in seconds that the broker left, or None.
+            packet id (0 for QoS 0), the message expiry in seconds that the broker left, or None, and whether the
+            broker says that it was sent before (DUP).
         on_acknowledged: called on the network thread for each PUBACK of success.
         kwargs: for paho.
     """
@@ -73,7 +74,7 @@ class FastClient(paho.Client):
     def __init__(
         self,
         *args: Any,
-        on_packet: Callable[[str, bytes, int, int | None], None],
+        on_packet: Callable[[str, bytes, int, int | None, bool], None],
         on_acknowledged: Callable[[], None],
         **kwargs: Any,
     ) -> None:
@@ -110,7 +111,7 @@ class FastClient(paho.Client):
                 at += length
         except IndexError as error:
             raise MalformedPacket(str(error)) from error
-        self._on_packet(topic, bytes(memoryview(packet)[at:]), packet_id, expiry_s)
+        self._on_packet(topic, bytes(memoryview(packet)[at:]), packet_id, expiry_s, bool(header & _DUP))
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:

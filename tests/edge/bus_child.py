@@ -46,6 +46,20 @@ def hear_events(url: str, *, hold: bool) -> Bus:
     return bus
 
 
+def hear_and_die(url: str, folder: Path) -> Bus:
+    """A durable session whose handler ends the process when it hears "poison"."""
+    bus = Bus(url=url, node="sprout", client="listener", durable_session=True)
+
+    def heard(message: Any) -> None:
+        say(f"heard {message.data.text}")
+        if message.data.text == "poison":
+            os._exit(3)
+
+    bus.hear(Event, heard)
+    bus.keep_asks_in(CommandJournal(open_database(folder / "journal.db", schema=JOURNAL)))
+    return bus
+
+
 def durable(url: str, folder: Path, *, hold: bool) -> Bus:
     """Answers generate asks from a journal; with ``hold`` it takes them on and never ends."""
     bus = Bus(url=url, node="sprout", client="model_runner", durable_session=True)
@@ -116,6 +130,8 @@ def main(mode: str, url: str, *rest: str) -> None:
         bus = Bus(url=url, node="sprout", client="listener", will=(lost, {"service": "listener"}))
     elif mode in ("hear", "hear-and-hold"):
         bus = hear_events(url, hold=mode == "hear-and-hold")
+    elif mode == "hear-and-die":
+        bus = hear_and_die(url, Path(rest[0]))
     elif mode in ("durable", "durable-and-hold"):
         bus = durable(url, Path(rest[0]), hold=mode == "durable-and-hold")
     elif mode == "puts":

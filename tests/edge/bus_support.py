@@ -130,6 +130,11 @@ class Child:
     def wait_for(self, line: str, count: int = 1) -> None:
         wait_until(lambda: self.lines.count(line) >= count, f"the child says {line!r} {count} times: {self.lines[-5:]}")
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone and its last line was read."""
+        return self.process.poll() is not None and not self._reader.is_alive()
+
     def kill(self) -> None:
         """kill -9, and wait for the end."""
         if self.process.poll() is None:

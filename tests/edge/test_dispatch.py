@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from broker.base import Broker
 from edge.bus import Bus, Deferred
 from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
 from protocol.errors import BusError, NotFound
 from protocol.messages import Event, MemoryPut, MemoryStored, NodeState, RunToken
-from tests.edge.bus_support import DEADLINE_S, stored, wait_until
+from tests.edge.bus_support import DEADLINE_S, Child, stored, wait_until
 from tests.edge.conftest import OpenBus
 
 
@@ -44,9 +47,9 @@ def test_acknowledgements_leave_in_order_of_arrival_whatever_finishes_first(
     held: dict[int, Deferred] = {}
     receive = listener._dispatch.receive
 
-    def note_arrival(name: str, payload: bytes, packet_id: int, expiry_s: int | None) -> None:
+    def note_arrival(name: str, payload: bytes, packet_id: int, *rest: Any) -> None:
         arrived.append(packet_id)
-        receive(name, payload, packet_id, expiry_s)
+        receive(name, payload, packet_id, *rest)
 
     listener._dispatch.receive = note_arrival  # type: ignore[method-assign]
 
@@ -250,3 +253,28 @@ def test_a_second_handler_for_the_same_messages_is_refused() -> None:
     bus.hear(NodeState, print, node="tomato")
     stop_hearing()
     bus.hear(NodeState, print)
+
+
+def test_a_message_that_kills_its_process_each_time_is_given_up_and_the_next_is_heard(
+    broker: Broker, start_child: Callable[..., Child], open_bus: OpenBus, tmp_path: Path
+) -> None:
+    if broker.kind == "embedded":
+        pytest.skip("rumqttd does not mark what it sends again (DUP)")
+    child = start_child("hear-and-die", tmp_path)
+    child.wait_for("ready")
+    speaker = open_bus("tomato", "speaker")
+    for text in ("poison", "after it"):
+        speaker.say(Event(name="e", severity="info", text=text), service="speaker")
+    lives = 1
+    while "heard after it" not in child.lines:
+        wait_until(lambda child=child: "heard after it" in child.lines or child.ended, "it neither heard nor died")
+        if child.ended:
+            lives += 1
+            assert lives < 8, "it is given up after some times"
+            child = start_child("hear-and-die", tmp_path)
+    assert lives == 5, "the first time, three times more, and the life in which it is given up"
+    child.kill()
+    with contextlib.closing(open_database(tmp_path / "journal.db", schema=JOURNAL)) as db:
+        (letter,) = CommandJournal(db).dead_letters()
+    assert "ended each of the 4 times it came" in letter.error
+    assert b"poison" in letter.payload

@@ -16,7 +16,7 @@ from paho.mqtt.properties import Properties
 
 from edge.mqtt_client import FastClient, ReadAhead
 
-Seen = tuple[str, bytes, int, "int | None"]
+Seen = tuple[str, bytes, int, "int | None", bool]
 
 
 def fast_client(seen: list[Seen], acknowledged: list[int]) -> FastClient:
@@ -38,7 +38,7 @@ def stock_client(seen: list[Seen]) -> paho.Client:
         except UnicodeDecodeError:
             topic = ""
         expiry_s = getattr(message.properties, "MessageExpiryInterval", None)
-        seen.append((topic, bytes(message.payload), message.mid if message.qos else 0, expiry_s))
+        seen.append((topic, bytes(message.payload), message.mid if message.qos else 0, expiry_s, message.dup))
 
     client.on_message = on_message
     return client
