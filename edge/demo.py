@@ -28,6 +28,7 @@ from edge.config import default_data_home
 from edge.files import storage_errors
 from edge.keys import Peers, load_or_create_identity
 from edge.service_table import BY_NAME
+from edge.text import details_line
 from protocol.codec import Received
 from protocol.errors import MindstreamError, ModelError, NotConnected, StorageError
 from protocol.ids import uuid7
@@ -201,16 +202,13 @@ class Watch:
         table = Table("node", "service", "state", "queue", "handled", "details", title="two nodes, one broker")
         for (node, service), state in sorted(self.services.items()):
             colour = {"ready": "green", "init": "yellow"}.get(state.state, "red")
-            details = ", ".join(
-                f"{key} {value}" for key, value in state.details.items() if isinstance(value, (str, int, float))
-            )
             table.add_row(
                 node,
                 service,
                 f"[{colour}]{state.state}[/{colour}]",
                 str(state.queue),
                 str(state.counters.get("handled", 0)),
-                (state.reason or details)[:70],
+                (state.reason or details_line(state.details))[:70],
             )
         return table
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import unicodedata
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 _KEPT = frozenset("\n\t")
 
@@ -18,6 +20,16 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join("\N{REPLACEMENT CHARACTER}" if _obeyed(character) else character for character in text)
+
+
+def details_line(details: Mapping[str, Any]) -> str:
+    """What a service says of itself, in a line: without what is empty, and without ids and reasons, which
+    `mindstream status --json` has."""
+    return ", ".join(
+        f"{key} {value}"
+        for key, value in details.items()
+        if isinstance(value, (str, int, float)) and value and not key.endswith(("_reason", "_id"))
+    )
 
 
 def _obeyed(character: str) -> bool:

@@ -201,9 +201,10 @@ def handoff(
     if json:
         print_json({"saved": saved, "resumed": resumed, "total_ms": total_ms})
         return
+    why = f" ({resumed.reason})" if resumed.reason else ""
     print(
         f"{source}: saved {saved.tokens} tokens, {saved.size_bytes / 1e6:.1f} MB, in {saved.took_ms:.0f} ms\n"
-        f"{target}: {resumed.how} ({resumed.reason}); fetched in {resumed.transfer_ms:.0f} ms, restored in"
+        f"{target}: {resumed.how}{why}; fetched in {resumed.transfer_ms:.0f} ms, restored in"
         f" {resumed.restore_ms:.0f} ms\n"
         f"{resumed.conversation} goes on at {target} after {total_ms:.0f} ms:"
         f" mindstream chat --node {target} -c {resumed.conversation}"

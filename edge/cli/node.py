@@ -18,6 +18,7 @@ from edge.cli.context import (
     print_table,
     settings,
 )
+from edge.text import details_line
 
 if TYPE_CHECKING:
     from edge.bus import Bus
@@ -91,7 +92,7 @@ class _States:
                         _age(state.time_us),
                         state.queue,
                         _troubles(state.counters),
-                        state.reason or _details(state.details),
+                        state.reason or details_line(state.details),
                     ]
                 )
         return rows
@@ -141,10 +142,6 @@ def _troubles(counters: dict[str, int]) -> str:
     """The counters that somebody should know of."""
     kinds = ("dropped", "refused", "failed", "lost", "expired", "dead")
     return ", ".join(f"{name} {count}" for name, count in counters.items() if count and name.startswith(kinds))
-
-
-def _details(details: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in details.items() if isinstance(value, (str, int, float)))
 
 
 def demo(
