@@ -73,7 +73,7 @@ test: install test-packages
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-all: install test-packages
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=search $(PYTEST_ARGS)
 
 # Mosquitto is what devices run, so the tests want it. Without it they pass and say what they skipped.
 test-packages:

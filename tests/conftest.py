@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 
@@ -22,6 +23,12 @@ NEEDS_SHARED = "needs ../shared"
 
 _RUN_MARK = "TEST_RUN_OF_MINDSTREAM"
 _LEFT_BEHIND_DEADLINE_S = 5.0
+# The same examples each time, so that what fails here fails everywhere; `make test-all` looks for new ones. No
+# deadline: a machine may be busy, and timings belong in bench/.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", max_examples=1_000, deadline=None)
+hypothesis.settings.load_profile("same")
+
 _left_behind = pytest.StashKey[list[str]]()
 
 
