@@ -111,8 +111,11 @@ def encode(
     correlation: str = "",
     reply_to: str = "",
     ttl_ms: int = 0,
+    time_us: int = 0,
 ) -> bytes:
     """The bytes of ``message`` in its envelope (or bare JSON, where its topic says so).
+
+    ``id`` and ``time_us`` are made here when they are not given.
 
     Raises MessageTooLarge above the row's limit and UnknownType for a struct that no row names.
     """
@@ -126,7 +129,7 @@ def encode(
                 id or uuid7(),
                 row.type,
                 source,
-                time.time_ns() // 1000,
+                time_us or time.time_ns() // 1000,
                 message,
                 correlation,
                 reply_to,

@@ -1,0 +1,320 @@
+"""The messages that the golden bytes are made of: one of every type, every field given, all values fixed.
+
+A new row of the message table needs a value here; a new field of a struct needs one in its value.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from unittest import mock
+
+import msgspec
+from blake3 import blake3
+
+from protocol import codec, entries
+from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_hash, seal
+from protocol.errors import ErrorInfo
+from protocol.identity import Identity, digest
+from protocol.manifest import (
+    ChunkRef,
+    LayerLayout,
+    ModelDigests,
+    NumericsFingerprint,
+    SignedManifest,
+    SnapshotManifest,
+    seal_manifest,
+    snapshot_id,
+)
+from protocol.messages import (
+    MESSAGES,
+    BlobChunk,
+    BlobPull,
+    BlobPulling,
+    ChatMessage,
+    Event,
+    MemoryEntries,
+    MemoryHave,
+    MemoryHit,
+    MemoryMerge,
+    MemoryMerged,
+    MemoryPut,
+    MemoryRecall,
+    MemoryRecalled,
+    MemoryRepair,
+    MemoryStored,
+    MemoryVector,
+    MemoryVectorAsk,
+    MessageRow,
+    ModelCancel,
+    ModelCancelled,
+    ModelGenerate,
+    ModelResume,
+    ModelResumed,
+    ModelSnapshot,
+    NodeState,
+    OriginHave,
+    RunDone,
+    RunToken,
+    ServiceState,
+    SnapshotAnnounce,
+    SnapshotManifestAsk,
+    SnapshotSaved,
+    Usage,
+)
+
+TIME_US = 1_775_000_000_123_456
+ENVELOPE_ID = "019d463e-967b-7000-8000-000000000001"
+ASK_ID = "019d463e-967b-7000-8000-000000000002"
+MEMORY_ID = "019d463e-967b-7000-8000-000000000003"
+SECOND_MEMORY_ID = "019d463e-967b-7000-8000-000000000004"
+LOG_ID = "019d463e-967b-7000-8000-000000000005"
+RUN_ID = "019d463e-967b-7000-8000-000000000006"
+TRANSFER_ID = "019d463e-967b-7000-8000-000000000007"
+
+SEED = bytes(range(32))
+"""The private key of node ``sprout`` in these files, and nowhere else."""
+SPROUT = Identity("sprout", SEED)
+SALT = bytes(range(0x40, 0x40 + entries.SALT_BYTES))
+ORIGIN = Origin("sprout", "everyone", LOG_ID)
+
+
+def _entry(seq: int, prev: bytes, identifier: str, content: MemoryContent) -> SignedEntry:
+    with mock.patch("os.urandom", lambda size: SALT[:size]):
+        return seal(
+            SPROUT,
+            content,
+            origin=ORIGIN,
+            seq=seq,
+            prev=prev,
+            hlc=(TIME_US // 1000 << 16) | seq,
+            id=identifier,
+            clock_synced=True,
+        )
+
+
+FIRST_CONTENT = MemoryContent(
+    text="The spare key is under the blue flower pot. Ключ. 鍵。",
+    time_us=TIME_US,
+    role="user",
+    conversation="garden",
+    source="sprout/cli",
+)
+FIRST = _entry(1, GENESIS, MEMORY_ID, FIRST_CONTENT)
+SECOND = _entry(
+    2, entry_hash(FIRST.header), SECOND_MEMORY_ID, MemoryContent(text="Tomatoes need staking.", time_us=TIME_US)
+)
+ERASED = SignedEntry(header=SECOND.header, signature=SECOND.signature)
+"""The second entry once its content is erased: header and signature still verify."""
+
+VECTOR = [OriginHave("sprout", "everyone", LOG_ID, 2, entry_hash(SECOND.header))]
+
+
+def vector_digest(origins: list[OriginHave]) -> bytes:
+    """The digest on ``memory/have``, written down a second time, as docs/protocol.md gives it."""
+    hasher = blake3()
+    for each in sorted(origins, key=lambda each: (each.node, each.scope, each.log_id)):
+        hasher.update(msgspec.msgpack.encode([each.node, each.scope, each.log_id, each.seq, each.hash]))
+    return hasher.digest(length=64)
+
+
+CHUNK = bytes(range(256)) * 2
+MANIFEST = SnapshotManifest(
+    version=1,
+    model="smollm2-135m-instruct",
+    digests=ModelDigests(weights=digest(b"weights"), tokenizer=digest(b"tokenizer"), config=digest(b"config")),
+    creator="sprout",
+    created_us=TIME_US,
+    conversation="garden",
+    fingerprint=NumericsFingerprint(
+        engine="transformers",
+        engine_version="torch 2.13.0+cpu transformers 5.23.0",
+        device="cpu",
+        instruction_set="avx512_bf16",
+        dtype="bfloat16",
+        threads=2,
+        chunk_schedule="multiples of 256",
+        batch_mode="deterministic",
+    ),
+    kv_dtype="bfloat16",
+    layers=[
+        LayerLayout(kind="full", kv_heads=1, head_dim=64, tokens=2, seen_tokens=2),
+        LayerLayout(kind="sliding", kv_heads=1, head_dim=64, tokens=1, seen_tokens=2, window_tokens=1),
+    ],
+    codec="raw",
+    codec_params={},
+    cached_tokens=2,
+    tokens=b"".join(token.to_bytes(4, "little") for token in (504, 3575, 260)),
+    sampler={"temperature": 0.5, "seed": 7},
+    state={"messages": [{"role": "user", "content": "Where is the key?"}]},
+    total_bytes=len(CHUNK),
+    chunks=[ChunkRef(digest(CHUNK), len(CHUNK))],
+)
+SIGNED_MANIFEST: SignedManifest = seal_manifest(SPROUT, MANIFEST)
+SNAPSHOT = snapshot_id(SIGNED_MANIFEST)
+
+ERROR = ErrorInfo(
+    code="conversation_unknown",
+    message="looking for the conversation 'garden': this node has none of that name",
+    hint="`mindstream status` lists them",
+    topic="mindstream/v1/tomato/ask/sprout/model_runner/snapshot",
+    type="model.snapshot",
+    field="conversation",
+    reason="unknown",
+)
+DONE = RunDone(
+    run=RUN_ID,
+    conversation="garden",
+    text="Under the pot.",
+    tokens=[19141, 260, 2025, 30],
+    finish_reason="error",
+    usage=Usage(prompt_tokens=31, cached_tokens=12, completion_tokens=4, ttft_ms=41.5, tokens_per_s=28.25),
+    error=ERROR,
+)
+
+VALUES: dict[str, msgspec.Struct] = {
+    "error": ERROR,
+    # presence
+    "node.state": NodeState(
+        state="ready",
+        time_us=TIME_US,
+        fingerprint=SPROUT.fingerprint,
+        version="0.1.0",
+        services=["memory_store", "sync_bridge"],
+        pid=4242,
+    ),
+    "service.state": ServiceState(
+        state="degraded",
+        time_us=TIME_US,
+        reason="the disk is full",
+        pid=4243,
+        queue=3,
+        counters={"handled": 1200, "dropped.reply": 1},
+        details={"entries": 2, "clock_skew_ms": -12.5, "waiting": None},
+    ),
+    "event": Event(
+        name="dead-letter",
+        severity="error",
+        text="sprout/memory_store: memory.entries from tomato/memory_store failed 3 times",
+        count=2,
+        error=ERROR,
+    ),
+    # memory
+    "memory.put": MemoryPut(
+        text=FIRST_CONTENT.text,
+        role="user",
+        conversation="garden",
+        scope="private",
+        id=MEMORY_ID,
+        time_us=TIME_US,
+    ),
+    "memory.stored": MemoryStored(id=MEMORY_ID, node="sprout", scope="private", log_id=LOG_ID, seq=1, already=True),
+    "memory.recall": MemoryRecall(query="where is the spare key", limit=3),
+    "memory.recalled": MemoryRecalled(
+        hits=[
+            MemoryHit(
+                id=MEMORY_ID,
+                node="sprout",
+                seq=1,
+                text=FIRST_CONTENT.text,
+                role="user",
+                conversation="garden",
+                time_us=TIME_US,
+                score=2.75,
+            )
+        ],
+        took_ms=1.5,
+        truncated=4,
+    ),
+    "memory.vector.ask": MemoryVectorAsk(),
+    "memory.vector": MemoryVector(origins=VECTOR),
+    "memory.have": MemoryHave(digest=vector_digest(VECTOR), entries=2),
+    "memory.entries": MemoryEntries(entries=[FIRST, SECOND], more=True),
+    "memory.repair": MemoryRepair(node="sprout", scope="everyone", log_id=LOG_ID, first_seq=1, last_seq=2),
+    "memory.range": MemoryEntries(entries=[FIRST, ERASED], more=True),
+    "memory.merge": MemoryMerge(entries=[FIRST, SECOND]),
+    "memory.merged": MemoryMerged(stored=1, already=2, waiting=3, refused=4),
+    # model
+    "model.token": RunToken(index=5, token=2025, text=" pot", logprob=-0.125, entropy=1.5),
+    "model.done": DONE,
+    "model.generate": ModelGenerate(
+        conversation="garden",
+        messages=[ChatMessage(role="system", content="Be brief."), ChatMessage(role="user", content="Where is it?")],
+        run=RUN_ID,
+        max_new_tokens=64,
+        temperature=0.5,
+        top_k=40,
+        top_p=0.75,
+        seed=7,
+        stop=["\n\n"],
+        ignore_eos=True,
+    ),
+    "model.answer": DONE,
+    "model.cancel": ModelCancel(run=RUN_ID),
+    "model.cancelled": ModelCancelled(found=True),
+    "model.snapshot": ModelSnapshot(conversation="garden"),
+    "snapshot.saved": SnapshotSaved(
+        snapshot=SNAPSHOT,
+        conversation="garden",
+        model="smollm2-135m-instruct",
+        tokens=3,
+        size_bytes=len(CHUNK),
+        took_ms=12.5,
+    ),
+    "model.resume": ModelResume(snapshot=SNAPSHOT, holder="sprout", conversation="garden-2"),
+    "model.resumed": ModelResumed(
+        conversation="garden-2",
+        how="exact",
+        reason="weights and numerics are equal",
+        tokens=3,
+        size_bytes=len(CHUNK),
+        transfer_ms=80.5,
+        restore_ms=9.25,
+    ),
+    # snapshots and blobs
+    "snapshot.announce": SnapshotAnnounce(
+        snapshot=SNAPSHOT, conversation="garden", model="smollm2-135m-instruct", tokens=3, size_bytes=len(CHUNK)
+    ),
+    "snapshot.manifest.ask": SnapshotManifestAsk(snapshot=SNAPSHOT),
+    "snapshot.manifest": SIGNED_MANIFEST,
+    "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
+    "blob.pulling": BlobPulling(sending=1, missing=[3]),
+    "blob.chunk": BlobChunk(index=0, data=CHUNK),
+}
+
+
+class Golden(NamedTuple):
+    """One message as it crosses the bus."""
+
+    row: MessageRow
+    topic: str
+    payload: bytes
+
+
+_LEVELS = {"target": "sprout", "asker": "tomato", "client": "cli", "run": RUN_ID, "transfer": TRANSFER_ID}
+
+
+def golden(row: MessageRow) -> Golden:
+    """The message of one row, by today's encoder. ``tomato`` asks, ``sprout`` answers and says the rest."""
+    speaker = "tomato" if row.ask else "sprout"
+    service = "model_runner" if row.type.startswith(("model", "snapshot", "blob", "error")) else "memory_store"
+    levels = _LEVELS | {"node": speaker, "service": row.ask.service if row.ask else service}
+    names = {name: levels[name] for name in row.topic.params if name != "verb"}
+    if row.ask:
+        names["verb"] = row.ask.verb
+    is_reply = row.topic.name == "reply"
+    payload = codec.encode(
+        VALUES[row.type],
+        source="tomato/cli" if row.ask else f"sprout/{service}",
+        row=row,
+        id=ENVELOPE_ID,
+        correlation=ASK_ID if is_reply else "",
+        reply_to="cli" if row.ask else "",
+        ttl_ms=30_000 if row.ask else 0,
+        time_us=TIME_US,
+    )
+    return Golden(row, row.topic.format_topic(**names), payload)
+
+
+def all_golden() -> dict[str, Golden]:
+    """Every row's message, by type. Raises KeyError naming a type that has no value here."""
+    return {row.type: golden(row) for row in MESSAGES.values()}
