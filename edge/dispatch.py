@@ -1,32 +1,25 @@
-"""From a received packet to its handler, its answer and its acknowledgement.
+"""From a received packet to its handler and its acknowledgement.
 
-The network thread reads a packet here and puts it into the inbox; the handler thread takes runs from it, calls
-the handler, answers asks and settles the tickets. Asks are carried out once: a repetition is answered from the
-reply cache. What cannot be read is counted, said, and answered with an error where there is an asker.
+The network thread puts what it has read into the inbox; the handler thread takes runs from it, calls the handler,
+has asks answered and settles the tickets. A message that no handler can take ends as a dead letter.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
-from paho.mqtt.client import topic_matches_sub
-
+from edge.answers import Answers, Journal, Reply, Speaker, key_of
 from edge.counters import Counters, Events
-from edge.inbox import AckLedger, Inbox, Ticket
-from edge.replies import RUNNING, ReplyCache
-from protocol import codec, topics
+from edge.hearings import Arrival, Hearing, Hearings
+from edge.inbox import AckLedger, Inbox
 from protocol.codec import Received
-from protocol.errors import AskExpired, BusError, Cancelled, MessageTooLarge, MindstreamError, ProtocolError, to_wire
-from protocol.messages import MESSAGES, MessageRow, row_of
-from protocol.topics import ParsedTopic
+from protocol.errors import Cancelled, MindstreamError, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -38,79 +31,9 @@ RUN_LENGTH = 256
 LINGER_MAX_S = 0.005
 LINGER_STEP_S = 0.0003
 
-Reply = Any
-"""A struct, an error of the tree, a Deferred, or None."""
-
 
 class Deferred(Future[Any]):
     """Returned by a handler that answers and acknowledges later: ``set_result`` or ``set_exception``."""
-
-
-class Speaker(Protocol):
-    """What the dispatcher needs of the bus: to send an encoded answer."""
-
-    source: str
-
-    def send_reply(self, asker: str, client: str, payload: bytes) -> None:
-        """Publish an answer in this node's branch. Raises an error of the tree."""
-
-
-class Journal(Protocol):
-    """Where durable asks and dead letters are written down: edge.journal.CommandJournal."""
-
-    def accept(self, received: Received, payload: bytes, ttl_ms: int) -> str | bytes:
-        """``new``, ``running``, ``expired``, or the bytes of the answer that it had. Raises StorageError."""
-
-    def finish(self, received: Received, reply: bytes, *, failed: bool = False) -> None:
-        """Keep the answer. Raises StorageError."""
-
-    def count_failure(self, key: str) -> int:
-        """How often the message of ``key`` has come again, restarts included. Raises StorageError."""
-
-    def forget_failures(self, key: str) -> None:
-        """It was handled after all, or given up. Raises StorageError."""
-
-    def dead_letter(self, topic: str, payload: bytes, error: BaseException | str, attempts: int) -> int:
-        """Keep a message that cannot be handled. Raises StorageError."""
-
-
-@dataclass
-class Hearing:
-    """A handler and the messages it hears."""
-
-    row: MessageRow
-    handler: Callable[..., Any]
-    batch: int
-    names: dict[str, str]
-    """Levels of the topic that are fixed."""
-    filter: str
-    """MQTT filter to subscribe to."""
-    speakers: deque[set[str]] = field(default_factory=lambda: deque(maxlen=2))
-    """Who spoke in the last two calls of a batch handler: those of one wait while the other is carried out."""
-    call_s: float = 0.0
-    """How long the last call of a batch handler took."""
-
-
-@dataclass
-class Arrival:
-    """A message in the inbox, or in a handler's hands."""
-
-    ticket: Ticket
-    topic: str
-    payload: bytes
-    hearing: Hearing | None
-    message: Received | None
-    attempts: int = 0
-    journaled: bool = False
-    """A durable ask that is in the journal already."""
-    redelivered: bool = False
-    """The broker sent it before: whoever had it may have died of it."""
-    watchers: list[Callable[[str, bytes], None]] = field(default_factory=list)
-
-
-def _key(message: Received) -> str:
-    """An ask's key: its id is the asker's own, so another node's is another ask."""
-    return f"{message.node}/{message.id}"
 
 
 def _groups(arrivals: list[Arrival]) -> list[list[Arrival]]:
@@ -129,11 +52,6 @@ def _groups(arrivals: list[Arrival]) -> list[list[Arrival]]:
             groups.append(group)
         group.append(arrival)
     return groups
-
-
-def remaining_ms(message: Received) -> int:
-    """What is left of an ask's time to live, by this node's monotonic clock since its arrival."""
-    return message.ttl_ms - int((time.monotonic() - message.received_s) * 1000)
 
 
 class Dispatcher:
@@ -157,69 +75,45 @@ class Dispatcher:
         events: Events,
         limit: int,
     ) -> None:
-        self._node = node
-        self._speaker = speaker
-        self._resolve = resolve
+        self._source = speaker.source
         self._counters = counters
         self._events = events
-        self.journal: Journal | None = None
+        self._answers = Answers(node, speaker, self._handled, counters, events)
+        self.hearings = Hearings(node, speaker.source, resolve, self._answers, counters, events)
         self.ledger = AckLedger(send_ack)
         self.inbox: Inbox[Arrival] = Inbox(limit)
-        # Read by the network thread while others add and remove: every change makes new ones.
-        self._hearings: dict[str, tuple[Hearing, ...]] = {}
-        self._heard_topics = frozenset({topics.REPLY.name})
-        self._watchers: tuple[tuple[str, Callable[[str, bytes], None]], ...] = ()
-        self._changing = threading.Lock()
-        self._replies = ReplyCache(counters)
+        self._busy_since_s = 0.0
+        """When the handler thread took the message that it is at; 0.0 while it waits for one."""
         self.thread = threading.Thread(target=self._run, name=f"{speaker.source} handlers", daemon=True)
 
-    # --- who hears what -----------------------------------------------------------------------------------
+    @property
+    def journal(self) -> Journal | None:
+        """Where durable asks and dead letters are kept, if anywhere."""
+        return self._answers.journal
 
-    def hear(
-        self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]
-    ) -> Hearing:
-        """Add a hearing. Raises BusError when one for the same messages is there: only one could answer."""
-        row = row_of(struct)
-        if row.ask is not None:
-            names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
-        hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
-        with self._changing:
-            others = self._hearings.get(row.type, ())
-            if any(other.filter == hearing.filter for other in others):
-                raise BusError(
-                    f"hearing {row.type} on {self._speaker.source}: {hearing.filter} has a handler already",
-                    hint="end the other hearing first, or let one handler serve both",
-                    type=row.type,
-                )
-            self._hearings = {**self._hearings, row.type: (*others, hearing)}
-            self._heard_topics |= {row.topic.name}
-        return hearing
+    @journal.setter
+    def journal(self, journal: Journal) -> None:
+        self._answers.journal = journal
 
-    def unhear(self, hearing: Hearing) -> None:
-        """Remove a hearing; what it has in the inbox is still handled."""
-        with self._changing:
-            left = tuple(each for each in self._hearings[hearing.row.type] if each is not hearing)
-            self._hearings = {**self._hearings, hearing.row.type: left}
+    def stalled_s(self) -> float:
+        """How long the handler thread has been at one call of a handler, in seconds; 0.0 when it is at none.
 
-    def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
-        """Add a raw watcher."""
-        with self._changing:
-            self._watchers = (*self._watchers, (filter, callback))
+        Infinite when the thread has died.
+        """
+        since_s = self._busy_since_s
+        if not self.thread.is_alive():
+            return math.inf
+        return time.monotonic() - since_s if since_s else 0.0
 
     def again(self, name: str, payload: bytes, ttl_ms: int) -> bool:
         """Put a durable ask of an earlier process into the inbox; False when nobody here hears it any more."""
         received_s = time.monotonic()
-        hearing, message = self._read(name, payload, received_s, None, watched=False)
+        hearing, message = self.hearings.read(name, payload, received_s, None, watched=False)
         if hearing is None or message is None:
             return False
         message.ttl_ms = ttl_ms
         arrival = Arrival(self.ledger.take(0), name, payload, hearing, message, journaled=True)
         return self.inbox.offer(arrival, len(payload), wait=False)
-
-    def filters(self) -> set[str]:
-        """Every MQTT filter that hearings and watchers need."""
-        heard = {hearing.filter for hearings in self._hearings.values() for hearing in hearings}
-        return heard | {filter for filter, _ in self._watchers}
 
     # --- on the network thread ----------------------------------------------------------------------------
 
@@ -236,15 +130,15 @@ class Dispatcher:
         """
         received_s = time.monotonic()
         ticket = self.ledger.take(packet_id)
-        watchers = [callback for filter, callback in self._watchers if topic_matches_sub(filter, name)]
+        watchers = self.hearings.watchers_of(name)
         hearing: Hearing | None = None
         message: Received | None = None
         try:
-            hearing, message = self._read(name, payload, received_s, expiry_s, watched=bool(watchers))
+            hearing, message = self.hearings.read(name, payload, received_s, expiry_s, watched=bool(watchers))
         except Exception:
             # Nothing that comes may end the network thread, nor hold up the acknowledgements behind it.
             self._counters.add("failed.receive")
-            log.exception("%s could not take a message on %s", self._speaker.source, name[:200])
+            log.exception("%s could not take a message on %s", self._source, name[:200])
         if hearing is None and not watchers:
             self.ledger.settle(ticket)
             return
@@ -252,40 +146,6 @@ class Dispatcher:
         if not self.inbox.offer(arrival, len(payload), wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")
         # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
-
-    def _read(
-        self, name: str, payload: bytes, received_s: float, expiry_s: int | None, *, watched: bool
-    ) -> tuple[Hearing | None, Received | None]:
-        try:
-            topic = topics.parse(name)
-        except ProtocolError as error:
-            if not watched:
-                self._refuse(error, None, b"")
-            return None, None
-        if topic.topic.name not in self._heard_topics or (topic.topic.retain and not payload):
-            return None, None  # for a watcher alone, or a retained message being cleared
-        try:
-            message = codec.decode(topic, payload, received_s=received_s)
-        except ProtocolError as error:
-            self._refuse(error, topic, payload)
-            return None, None
-        if topic.topic is topics.REPLY:
-            if not self._resolve(message):
-                self._counters.add("late_replies")
-            return None, None
-        for hearing in self._hearings.get(message.type, ()):
-            if all(value == "+" or topic.names[level] == value for level, value in hearing.names.items()):
-                if expiry_s is not None and message.row.ask is not None:
-                    message.ttl_ms = min(message.ttl_ms, max(1, expiry_s * 1000))
-                return hearing, message
-        return None, None
-
-    def _refuse(self, error: ProtocolError, topic: ParsedTopic | None, payload: bytes) -> None:
-        """Count and say what could not be read, and tell an asker."""
-        self._counters.add(f"refused.{error.code}")
-        self._events.report("refused-message", "warning", f"{self._speaker.source}: {error}", error=to_wire(error))
-        if topic is not None and topic.topic is topics.ASK and (envelope := codec.peek(payload)) is not None:
-            self._reply(topic.node, envelope.reply_to, envelope.id, error, topic=topic.raw, type=envelope.type)
 
     # --- on the handler thread ----------------------------------------------------------------------------
 
@@ -296,8 +156,9 @@ class Dispatcher:
             if self._linger(arrivals):
                 arrivals += self.inbox.take(RUN_LENGTH, timeout_s=0.0)
             for group in _groups(arrivals):
-                began_s = time.monotonic()
+                self._busy_since_s = began_s = time.monotonic()
                 self._handle(group)
+                self._busy_since_s = 0.0
                 if (hearing := group[0].hearing) is not None and hearing.batch > 1:
                     hearing.speakers.append({each.message.source for each in group if each.message is not None})
                     hearing.call_s = time.monotonic() - began_s
@@ -332,7 +193,7 @@ class Dispatcher:
         if hearing.row.ask is None:
             if arrivals:
                 self._call(hearing, arrivals)
-        elif live := [arrival for arrival in arrivals if self._may_answer(arrival)]:
+        elif live := [arrival for arrival in arrivals if self._answers.may_answer(arrival)]:
             self._call(hearing, live)
 
     def _show(self, arrival: Arrival) -> None:
@@ -341,7 +202,7 @@ class Dispatcher:
                 watcher(arrival.topic, arrival.payload)
             except Exception:
                 self._counters.add("failed.watcher")
-                log.exception("a watcher of %s failed on %s", self._speaker.source, arrival.topic)
+                log.exception("a watcher of %s failed on %s", self._source, arrival.topic)
         arrival.watchers = []
 
     def _call(self, hearing: Hearing, arrivals: list[Arrival]) -> None:
@@ -362,63 +223,6 @@ class Dispatcher:
         for arrival, result in zip(arrivals, results, strict=True):
             self._finish(arrival, result)
 
-    def _may_answer(self, arrival: Arrival) -> bool:
-        """Whether an ask is to be carried out: in time, allowed, and not done or under way already."""
-        message = arrival.message
-        assert message is not None
-        ask = message.row.ask
-        assert ask is not None
-        if not 0 < message.ttl_ms <= ask.ttl_max_ms:
-            error: MindstreamError = ProtocolError(
-                f"reading {message.type}: its time to live is {message.ttl_ms} ms, it must be 1 to {ask.ttl_max_ms}",
-                field="ttl_ms",
-                reason="missing or out of range",
-            )
-        elif remaining_ms(message) <= 0:
-            error = AskExpired(
-                f"carrying out {message.type}: its time to live ran out before it could be",
-                hint="ask again, with a longer time to live",
-                field="ttl_ms",
-                reason="expired",
-            )
-        elif ask.own_node_only and message.node != self._node:
-            error = ProtocolError(
-                f"carrying out {message.type}: only {self._node}'s own services may ask it, {message.node} did",
-                field="node",
-                reason="not allowed",
-            )
-        else:
-            return self._is_new(arrival, message)
-        self._counters.add(f"refused.{error.code}")
-        self._answer(arrival, message, error)
-        self._handled(arrival)
-        return False
-
-    def _is_new(self, arrival: Arrival, message: Received) -> bool:
-        """Whether an ask comes for the first time; a repetition gets the answer that was given, or waits for it."""
-        known = self._replies.begin(_key(message), message.ttl_ms)
-        if known is None and message.row.ask is not None and message.row.ask.durable and self.journal is not None:
-            if not arrival.journaled:
-                try:
-                    verdict = self.journal.accept(message, arrival.payload, remaining_ms(message))
-                except MindstreamError as error:
-                    self._finish(arrival, error)
-                    return False
-                if isinstance(verdict, bytes):
-                    self._send(message.node, message.reply_to, verdict, message.type)
-                if verdict != "new":
-                    known = RUNNING
-                arrival.journaled = True
-            # It is on the disk: the broker may forget it while it is being carried out.
-            self._handled(arrival)
-        if known is None:
-            return True
-        self._counters.add("duplicates")
-        if known is not RUNNING:
-            self._answer(arrival, message, known)
-        self._handled(arrival)
-        return False
-
     def _finish(self, arrival: Arrival, result: Reply) -> None:
         """Answer and acknowledge, now or when the Deferred is set."""
         message = arrival.message
@@ -426,15 +230,12 @@ class Dispatcher:
         if isinstance(result, Deferred):
             result.add_done_callback(lambda future: self._finish_deferred(arrival, future))
             return
+        if message.row.ask is not None:
+            self._answers.finish(arrival, message, result)
+            return
         if isinstance(result, MindstreamError):
             self._counters.add(f"refused.{result.code}")
-        if message.row.ask is not None:
-            size_bytes = self._answer(arrival, message, result)
-            self._replies.finish(_key(message), result, size_bytes)
-        elif isinstance(result, MindstreamError):
-            self._events.report(
-                "refused-message", "warning", f"{self._speaker.source}: {result}", error=to_wire(result)
-            )
+            self._events.report("refused-message", "warning", f"{self._source}: {result}", error=to_wire(result))
         self._handled(arrival)
 
     def _finish_deferred(self, arrival: Arrival, future: Future[Any]) -> None:
@@ -443,7 +244,7 @@ class Dispatcher:
             self._finish(arrival, future.result())
         else:
             if not isinstance(error, MindstreamError):
-                log.error("a deferred answer of %s failed", self._speaker.source, exc_info=error)
+                log.error("a deferred answer of %s failed", self._source, exc_info=error)
                 self._counters.add("failed.handler")
                 error = self._unexpected(arrival, error)
             self._finish(arrival, error)
@@ -452,7 +253,7 @@ class Dispatcher:
         assert arrival.message is not None
         return MindstreamError(
             f"carrying out {arrival.message.type}: {to_wire(error).message}",
-            hint=f"the log of {self._speaker.source} has the details",
+            hint=f"the log of {self._source} has the details",
         )
 
     def _failed(self, hearing: Hearing, arrivals: list[Arrival], error: Exception) -> None:
@@ -466,7 +267,7 @@ class Dispatcher:
         assert message is not None
         arrival.attempts += 1
         self._counters.add("failed.handler")
-        log.exception("%s failed on %s (attempt %d)", self._speaker.source, message.type, arrival.attempts)
+        log.exception("%s failed on %s (attempt %d)", self._source, message.type, arrival.attempts)
         if message.row.ask is not None:
             self._finish(arrival, self._unexpected(arrival, error))
         elif arrival.attempts < ATTEMPTS:
@@ -488,7 +289,7 @@ class Dispatcher:
             arrival.redelivered = False
             return False
         try:
-            arrival.attempts = self.journal.count_failure(_key(message))
+            arrival.attempts = self.journal.count_failure(key_of(message))
         except MindstreamError as error:
             log.error("counting how often %s came: %s", message.type, error)
             return False
@@ -497,10 +298,10 @@ class Dispatcher:
             return False
         died = MindstreamError(
             f"handling {message.type}: the service ended each of the {arrival.attempts} times it came",
-            hint=f"the log of {self._speaker.source} has the details",
+            hint=f"the log of {self._source} has the details",
         )
         if message.row.ask is not None:
-            self._answer(arrival, message, died)
+            self._answers.answer(arrival, message, died)
         self._bury(arrival, message, died)
         return True
 
@@ -508,7 +309,7 @@ class Dispatcher:
         """Acknowledge; a message that came again did not kill this process, and is counted no more."""
         if arrival.redelivered and arrival.message is not None and self.journal is not None:
             try:
-                self.journal.forget_failures(_key(arrival.message))
+                self.journal.forget_failures(key_of(arrival.message))
             except MindstreamError as error:
                 log.error("forgetting how often %s came: %s", arrival.message.type, error)
         self.ledger.settle(arrival.ticket)
@@ -524,52 +325,7 @@ class Dispatcher:
         self._events.report(
             "dead-letter",
             "error",
-            f"{self._speaker.source}: {message.type} from {message.source} failed {arrival.attempts} times: {error}",
+            f"{self._source}: {message.type} from {message.source} failed {arrival.attempts} times: {error}",
             error=to_wire(error, topic=arrival.topic, type=message.type),
         )
         self._handled(arrival)
-
-    def _answer(self, arrival: Arrival, message: Received, result: Reply) -> int:
-        """Answer one ask, a durable one's answer being kept first; the answer's size in bytes."""
-        payload = self._encode(result, message.id, arrival.topic, message.type)
-        if arrival.journaled and self.journal is not None:
-            try:
-                self.journal.finish(message, payload, failed=isinstance(result, MindstreamError))
-            except MindstreamError as error:
-                # It will be carried out again after a restart; better than no answer now.
-                self._counters.add("dropped.journal")
-                log.error("keeping the answer to %s: %s", message.type, error)
-        self._send(message.node, message.reply_to, payload, message.type)
-        return len(payload)
-
-    def _reply(
-        self, asker: str, client: str, correlation: str, error: MindstreamError, *, topic: str, type: str
-    ) -> None:
-        self._send(asker, client, self._encode(error, correlation, topic, type), type)
-
-    def _encode(self, result: Reply, correlation: str, topic: str, type: str) -> bytes:
-        if not isinstance(result, MindstreamError):
-            ask = MESSAGES[type].ask
-            assert ask is not None
-            row = MESSAGES[ask.reply]
-            try:
-                if not isinstance(result, row.struct):
-                    raise TypeError(f"the handler answered with {result.__class__.__name__}, not {row.struct.__name__}")
-                return codec.encode(result, source=self._speaker.source, row=row, correlation=correlation)
-            except MessageTooLarge as error:
-                result = error
-            except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                # A handler's mistake must neither end the handler thread nor leave the asker waiting.
-                self._counters.add("failed.handler")
-                log.exception("%s cannot answer %s", self._speaker.source, type)
-                result = error
-        info = to_wire(result, topic=topic, type=type)
-        return codec.encode(info, source=self._speaker.source, row=MESSAGES["error"], correlation=correlation)
-
-    def _send(self, asker: str, client: str, payload: bytes, type: str) -> None:
-        """Send one answer. One that cannot be sent is counted: the asker asks again."""
-        try:
-            self._speaker.send_reply(asker, client, payload)
-        except MindstreamError as error:
-            self._counters.add("dropped.reply")
-            self._events.report("reply-dropped", "warning", f"answering {type} of {asker}/{client[:63]}: {error}")

@@ -153,6 +153,11 @@ class Inbox(Generic[T]):
             self._room.notify_all()
 
     @property
+    def holds_back(self) -> bool:
+        """Whether the offering thread waits for room."""
+        return self._offerer_waits
+
+    @property
     def closed(self) -> bool:
         """Closed and empty: nothing will come any more."""
         return self._closed and not self._items

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -81,10 +82,16 @@ class FastClient(paho.Client):
         super().__init__(*args, **kwargs)
         self._on_packet = on_packet
         self._on_acknowledged = on_acknowledged
+        self.turned_s = time.monotonic()
+        """When the network thread last went round its loop, ``time.monotonic()``."""
 
     def _create_socket(self) -> Any:
         sock: Any = super()._create_socket()  # type: ignore[misc, unused-ignore]
         return sock if isinstance(sock, ssl.SSLSocket) else ReadAhead(sock)
+
+    def loop_misc(self) -> MQTTErrorCode:
+        self.turned_s = time.monotonic()
+        return super().loop_misc()
 
     def _handle_publish(self) -> MQTTErrorCode:
         header = self._in_packet["command"]
@@ -111,6 +118,7 @@ class FastClient(paho.Client):
                 at += length
         except IndexError as error:
             raise MalformedPacket(str(error)) from error
+        self.turned_s = time.monotonic()  # a packet taken is progress, also where the inbox holds the next one back
         self._on_packet(topic, bytes(memoryview(packet)[at:]), packet_id, expiry_s, bool(header & _DUP))
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 

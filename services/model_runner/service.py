@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
+from edge.answers import remaining_ms
 from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
-from edge.dispatch import remaining_ms
 from edge.hardware import Choice, choose_device, describe
 from edge.models import ensure
 from edge.service import Context, Service, hears

@@ -376,14 +376,14 @@ def test_a_durable_ask_is_on_the_disk_before_it_is_acknowledged(
     journal = CommandJournal(database)
     responder = make_bus("sprout", "model_runner")
     acknowledged: list[int] = []
-    ack = responder._paho.ack
+    ack = responder._connection.client.ack
 
     def watch_ack(packet_id: int, qos: int) -> Any:
         with database.read() as connection:
             acknowledged.append(connection.execute("SELECT count(*) FROM commands").fetchone()[0])
         return ack(packet_id, qos)
 
-    responder._paho.ack = watch_ack  # type: ignore[method-assign]
+    responder._connection.client.ack = watch_ack  # type: ignore[method-assign]
     answer = Deferred()
     responder.hear(ModelGenerate, lambda message: answer)
     responder.keep_asks_in(journal)

@@ -230,7 +230,7 @@ def test_a_full_window_without_a_broker_is_an_error_and_counted(broker: Broker, 
     speaker = open_bus("tomato", "speaker")
     kill_broker(broker)
     wait_until(lambda: not speaker.connected, "the loss is noticed")
-    for index in range(speaker._window_limit):
+    for index in range(speaker._publisher.limit):
         speaker.say(token(index), run="r", timeout_s=0.05)
     with pytest.raises(Overloaded, match="wait for the broker") as caught:
         speaker.say(token(0), run="r", timeout_s=0.05)
@@ -399,7 +399,10 @@ def test_others_waiting_for_the_window_do_not_hold_answers_up(open_bus: OpenBus,
     with ThreadPoolExecutor(1) as pool:
         worker = pool.submit(lambda: [responder.say(token(n), run="r") for n in range(bus_module.PUBLISH_WINDOW + 50)])
         if responder.url and not worker.done():
-            wait_until(lambda: responder._in_flight >= responder._window_limit or worker.done(), "the window is full")
+            wait_until(
+                lambda: responder._publisher.in_flight >= responder._publisher.limit or worker.done(),
+                "the window is full",
+            )
         answers.release.set()
         for future in futures:
             future.result(DEADLINE_S)

@@ -28,13 +28,13 @@ def token(index: int) -> RunToken:
 def watch_acks(bus: Bus) -> list[int]:
     """Packet ids in the order in which they are acknowledged, from now on."""
     sent: list[int] = []
-    ack = bus._paho.ack
+    ack = bus._connection.client.ack
 
     def note(packet_id: int, qos: int) -> Any:
         sent.append(packet_id)
         return ack(packet_id, qos)
 
-    bus._paho.ack = note  # type: ignore[method-assign]
+    bus._connection.client.ack = note  # type: ignore[method-assign]
     return sent
 
 
