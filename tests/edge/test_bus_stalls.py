@@ -6,6 +6,8 @@ import math
 import threading
 from typing import Any
 
+import pytest
+
 from protocol.messages import Event, MemoryPut
 from tests.edge.bus_support import DEADLINE_S, Answers, wait_until
 from tests.edge.conftest import OpenBus
@@ -59,6 +61,7 @@ def test_a_network_thread_that_is_held_is_told(make_bus: OpenBus, open_bus: Open
     wait_until(lambda: asker.stalled_s() == 0.0, "it turns again")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_handler_thread_is_a_stall_without_end(make_bus: OpenBus, open_bus: OpenBus) -> None:
     listener = make_bus("sprout", "listener")
 
