@@ -222,7 +222,7 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     messages: list[ChatMessage] = []
     """New messages of this turn, after those that the conversation holds."""
     run: Name = ""
-    """UUIDv7 of the run, chosen by the asker, so that it can subscribe first. Empty: the envelope's id."""
+    """UUIDv7 of the run, chosen by the asker, so that it can subscribe first. Left out: the envelope's id."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0 is greedy."""

@@ -52,12 +52,19 @@ def text_of(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
+def unpacked(type: str) -> dict[str, Any]:
+    """Today's message of one type as a client without our code reads it."""
+    made = values.golden(MESSAGES[type])
+    decoder = msgspec.msgpack if made.row.topic.format == "msgpack" else msgspec.json
+    read: dict[str, Any] = decoder.decode(made.payload)
+    return read
+
+
 def files_of(type: str) -> tuple[str, dict[str, bytes]]:
     """Suffix of the exact bytes, and content by suffix of the two files of a type."""
     made = values.golden(MESSAGES[type])
     suffix = SUFFIX[made.row.topic.format]
-    decoder = msgspec.msgpack if suffix == ".msgpack" else msgspec.json
-    readable = {"type": type, "topic": made.topic, "payload": plain(decoder.decode(made.payload))}
+    readable = {"type": type, "topic": made.topic, "payload": plain(unpacked(type))}
     return suffix, {suffix: made.payload, ".json": text_of(readable).encode()}
 
 
