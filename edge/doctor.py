@@ -126,6 +126,18 @@ def _node(config: Config) -> Check:
     return Check("node", OK, f"{running.node} runs, process {running.pid}")
 
 
+def _units(config: Config) -> Check:
+    from edge import units
+
+    if not (units.UNIT_DIR / units.TEMPLATE).exists():
+        return Check("units", OK, "no systemd units of Mindstream here: this node runs by `mindstream up`")
+    wrong = [each for each in units.check(units.UNIT_DIR, wanted=config.services.names()) if each.verdict != "ok"]
+    if wrong:
+        found = ", ".join(f"{each.file} is {each.verdict}" for each in wrong)
+        return Check("units", WARNING, found, wrong[0].next_step if len(wrong) == 1 else "mindstream units check")
+    return Check("units", OK, f"those in {units.UNIT_DIR} are as rendered")
+
+
 def _broker(config: Config) -> Check:
     settings = config.broker
     if settings.url:
@@ -221,6 +233,7 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "data folder": _data_folder,
     "keys": _keys,
     "node": _node,
+    "units": _units,
     "broker": _broker,
     "model": _model,
     "machine": _hardware,

@@ -8,8 +8,10 @@ belongs into a worker thread of the service's own; a handler that starts it retu
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -29,6 +31,7 @@ from edge.files import storage_errors
 from edge.journal import JOURNAL, CommandJournal
 from edge.keys import Peers, load_or_create_identity
 from edge.logs import set_up_logging
+from edge.notify import Notifier
 from edge.service_table import BY_NAME
 from protocol.errors import ConfigError, MindstreamError, StorageError
 from protocol.identity import Identity
@@ -41,6 +44,12 @@ EXIT_CONFIG = 78
 STATE_INTERVAL_S = 1.0
 STATE_REPEAT_S = 10.0
 """An unchanged state is said again this often."""
+SETUP_LONGEST_S = 600.0
+"""Opening and migrating databases may take so long on an SD card before systemd may lose its patience."""
+WAIT_STEP_S = 5.0
+"""While it waits for its broker or its model it asks systemd for more time this often."""
+INIT_LONGEST_S = 3600.0
+"""A service that is still not ready so long after its start (a model being converted) may be started again."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,6 +99,9 @@ class Service:
         self.config = context.config
         self.node = context.identity.node
         self.bus = self._open_bus(self.name, durable=True, with_will=True)
+        self._manager = Notifier.from_environment()
+        self._manager_told_ready = False
+        self._workers: list[threading.Thread] = []
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._said: ServiceState | None = None
@@ -119,6 +131,19 @@ class Service:
     def details(self) -> dict[str, Any]:
         """What `mindstream status` shows of it; plain JSON types."""
         return {}
+
+    def stuck(self) -> str:
+        """Why it makes no progress although its main loop turns; empty when all is well.
+
+        systemd's watchdog is fed only while this is empty. A service with threads of its own adds to it.
+        """
+        ended = [thread.name for thread in self._workers if thread.ident is not None and not thread.is_alive()]
+        if ended:
+            return f"the thread {ended[0]!r} has ended"
+        stalled_s: float = getattr(self.bus, "stalled_s", lambda: 0.0)()
+        if stalled_s > self._manager.watchdog_s / 2:
+            return "a thread of its bus has ended" if math.isinf(stalled_s) else f"no progress for {stalled_s:.0f} s"
+        return ""
 
     # --- life -----------------------------------------------------------------------------------------------
 
@@ -150,6 +175,7 @@ class Service:
         """Live until ``stop``. Raises what ``setup`` raises."""
         with storage_errors(f"making the folder {self.context.data_dir}"):
             self.context.data_dir.mkdir(parents=True, exist_ok=True)
+        self._manager.extend_timeout(SETUP_LONGEST_S)
         self.setup()
         journal_db = open_database(self.context.data_dir / "journal.db", schema=JOURNAL)
         journal = CommandJournal(journal_db)
@@ -162,9 +188,13 @@ class Service:
             if not self._stop.is_set():
                 self.started()
                 self.say_state()
+            started_s = time.monotonic()
             purge_at_s = time.monotonic() + 60
             connections = self.bus.connections
-            while not self._stop.wait(STATE_INTERVAL_S):
+            while not self._stop.is_set():
+                self._tell_manager(started_s)
+                if self._stop.wait(STATE_INTERVAL_S):
+                    break
                 if self.bus.connections != connections:
                     connections = self.bus.connections
                     self._said = None
@@ -174,10 +204,12 @@ class Service:
                 if time.monotonic() > purge_at_s:
                     purge_at_s = time.monotonic() + (3600 if self._purge(journal) else 60)
         finally:
+            self._manager.stopping()
             gone = ServiceState(state="disconnected", time_us=time.time_ns() // 1000, pid=os.getpid())
             self.bus.stop(goodbye=[(gone, {"service": self.name})])
             self.teardown()
             journal_db.close()
+            self._manager.close()
         if self._failure is not None:
             raise self._failure
 
@@ -200,7 +232,9 @@ class Service:
                 self._failure = error
                 self._stop.set()
 
-        return threading.Thread(target=run, name=name, daemon=True)
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._workers.append(thread)
+        return thread
 
     def _purge(self, journal: CommandJournal) -> bool:
         try:
@@ -214,7 +248,12 @@ class Service:
     def _wait_for_broker(self) -> None:
         """Wait, saying so now and then: the broker may come up after this node."""
         patience_s, since_s = 5.0, time.monotonic()
+        extend_at_s = since_s
         while not self.bus.connected and not self._stop.wait(0.02):
+            if time.monotonic() >= extend_at_s:
+                extend_at_s = time.monotonic() + WAIT_STEP_S
+                self._manager.extend_timeout(4 * WAIT_STEP_S)
+                self._manager.status(self._without_broker())
             if time.monotonic() - since_s > patience_s:
                 log.warning(
                     "%s has waited %.0f s for its broker at %s%s",
@@ -224,6 +263,31 @@ class Service:
                     f": {self.bus.refusal}" if self.bus.refusal else "",
                 )
                 patience_s *= 2
+
+    def _without_broker(self) -> str:
+        return f"waiting for the broker at {self.bus.url}" + (f": {self.bus.refusal}" if self.bus.refusal else "")
+
+    def _tell_manager(self, started_s: float) -> None:
+        """Tell systemd once that it is ready, how it is, and that it lives while it does."""
+        if not self._manager.listened_to:
+            return
+        condition, reason = self.condition()
+        line = f"{condition}: {reason}" if reason else condition
+        self._manager.status(line if self.bus.connected else f"{line}; {self._without_broker()}")
+        if not self._manager_told_ready:
+            if condition == "init":
+                if time.monotonic() - started_s < INIT_LONGEST_S:
+                    self._manager.extend_timeout(4 * WAIT_STEP_S)
+                return
+            self._manager_told_ready = True
+            self._manager.ready()
+        if self._manager.watchdog_s:
+            if stuck := self.stuck():
+                # The watchdog ends the process by SIGABRT, and with it go the stacks of all threads into the log.
+                log.error("%s is stuck: %s; the watchdog is not fed", self.name, stuck)
+                self._manager.status(f"stuck: {stuck}")
+            else:
+                self._manager.alive()
 
     def say_state(self) -> None:
         """Publish the service's state if it changed, or has not been said for a while."""
@@ -261,6 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=None, help="mindstream.toml")
     parser.add_argument("--broker", default="", help="the broker's URL, in place of broker.url")
     options = parser.parse_args(arguments)
+    # A crash in a native library, and the watchdog's SIGABRT, leave the stack of every thread in the log.
+    faulthandler.enable()
     try:
         config = load_config(options.config)
         set_up_logging(config)

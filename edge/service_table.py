@@ -19,6 +19,18 @@ class ServiceRow:
     extra: str = ""
     """The extra of pyproject.toml that brings them."""
 
+    # What systemd gives it beyond the template, rendered into its drop-in by edge/units.py.
+    memory_max: str = "1G"
+    """MemoryMax=: with more than this it is killed and started again (a leak must not take the machine)."""
+    devices: tuple[str, ...] = ()
+    """Groups of devices it opens, of edge/units.py's table: ``gpu``, ``camera``, ``microphone``, ``power``."""
+    makes_code: bool = False
+    """It maps memory that is writable and executable: native libraries that compile or are built so."""
+    oom_score: int = 0
+    """OOMScoreAdjust=: the highest dies first when the machine has no memory left."""
+    cpu_weight: int = 100
+    """CPUWeight=: its share of a busy CPU, against 100 of the others."""
+
 
 SERVICES: tuple[ServiceRow, ...] = (
     ServiceRow(
@@ -32,6 +44,7 @@ SERVICES: tuple[ServiceRow, ...] = (
         "services.sync_bridge.service",
         "SyncBridge",
         "compares what nodes hold and fetches what is missing",
+        memory_max="512M",
     ),
     ServiceRow(
         "model_runner",
@@ -40,6 +53,11 @@ SERVICES: tuple[ServiceRow, ...] = (
         "runs a local model: conversations, snapshots, handoff",
         needs=("torch", "transformers", "numpy"),
         extra="model",
+        memory_max="90%",
+        devices=("gpu",),
+        makes_code=True,
+        oom_score=500,
+        cpu_weight=50,
     ),
 )
 """In the order in which they are started; they are stopped in the reverse."""

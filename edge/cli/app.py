@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from edge.cli import bench, config, keys, memory, model, models, node, watch
+from edge.cli import bench, config, keys, memory, model, models, node, units, watch
 from edge.cli.context import settings
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
@@ -57,4 +57,5 @@ app.add_typer(keys.app, name="keys")
 app.command()(node.doctor)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")
+app.add_typer(units.app, name="units")
 app.command()(node.version)

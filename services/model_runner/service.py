@@ -93,6 +93,9 @@ class ModelRunner(Service):
             return "degraded", str(self.worker.unavailable)
         return "init", f"loading {self.config.model.name}"
 
+    def stuck(self) -> str:
+        return super().stuck() or ("the model worker has ended" if self.worker.died else "")
+
     def details(self) -> dict[str, Any]:
         loaded, usage = self.worker.loaded, self.worker.last_usage
         if loaded is None:

@@ -93,6 +93,11 @@ class Worker:
             self._thread.join(10.0)
 
     @property
+    def died(self) -> bool:
+        """Whether its thread was started and has ended without being asked to."""
+        return self._thread.ident is not None and not self._thread.is_alive() and not self._stopping
+
+    @property
     def queued(self) -> int:
         """Runs waiting, the one under way not counted."""
         return len(self._runs)

@@ -100,6 +100,7 @@ def test_every_command_that_prints_data_has_json() -> None:
         "mindstream keys trust",
         "mindstream keys forget",
         "mindstream config path",
+        "mindstream units render",
     }
     for path, command in docs.commands():
         if hasattr(command, "commands") or path[-1] in without or " ".join(path) in without:
