@@ -26,7 +26,7 @@ STAMP := $(VENV)/installed-$(shell { cat pyproject.toml constraints.txt; \
 	echo '$(EXTRAS) $(MODEL) $(TORCH_INDEX) $(CURDIR)'; } | sha256sum | cut -c1-16)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-TEST_PACKAGES := mosquitto mosquitto-clients
+TEST_PACKAGES := mosquitto mosquitto-clients systemd
 APT_LINE := apt-get install --yes --no-install-recommends $(TEST_PACKAGES)
 
 .PHONY: help install run test test-all lint docs clean test-packages
@@ -75,20 +75,22 @@ test: install test-packages
 test-all: install test-packages
 	$(BIN)/python -m pytest --hypothesis-profile=search $(PYTEST_ARGS)
 
-# Mosquitto is what devices run, so the tests want it. Without it they pass and say what they skipped.
+# Mosquitto and systemd are what devices run, so the tests want them: of systemd only systemd-analyze, which checks the
+# units. Without them the tests pass and say what they skipped.
 test-packages:
-	@if command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ]; then exit 0; fi; \
-	say() { echo "== $$1 The tests on Mosquitto will be skipped. To have them:" >&2; \
+	@if { command -v mosquitto || [ -x /usr/sbin/mosquitto ]; } >/dev/null && command -v systemd-analyze >/dev/null; \
+		then exit 0; fi; \
+	say() { echo "== $$1 The tests on Mosquitto or of the systemd units will be skipped. To have them:" >&2; \
 		echo '    sudo $(APT_LINE)' >&2; }; \
 	if ! command -v apt-get >/dev/null; then \
-		echo '== no apt-get here: install Mosquitto 2 by hand to run the tests on it' >&2; exit 0; fi; \
+		echo '== no apt-get here: install Mosquitto 2 and systemd by hand to run the tests on them' >&2; exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=; \
 	elif sudo -n true 2>/dev/null; then root='sudo -n'; \
-	else say 'Mosquitto is not installed and this user may not install it.'; exit 0; fi; \
+	else say 'Mosquitto or systemd is not installed and this user may not install it.'; exit 0; fi; \
 	echo '== $(APT_LINE)'; \
 	export DEBIAN_FRONTEND=noninteractive; \
 	$$root $(APT_LINE) >/dev/null 2>&1 || { $$root apt-get update --quiet >/dev/null && $$root $(APT_LINE) >/dev/null; } \
-		|| say 'apt-get could not install Mosquitto.'
+		|| say 'apt-get could not install them.'
 
 lint: install
 	$(BIN)/python -m ruff check $(LINTED)

@@ -140,7 +140,7 @@ class Service:
         ended = [thread.name for thread in self._workers if thread.ident is not None and not thread.is_alive()]
         if ended:
             return f"the thread {ended[0]!r} has ended"
-        stalled_s: float = getattr(self.bus, "stalled_s", lambda: 0.0)()
+        stalled_s = self.bus.stalled_s()
         if stalled_s > self._manager.watchdog_s / 2:
             return "a thread of its bus has ended" if math.isinf(stalled_s) else f"no progress for {stalled_s:.0f} s"
         return ""

@@ -138,11 +138,7 @@ def test_a_service_that_is_stopped_by_a_signal_feeds_no_watchdog(
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        pytest.param(
-            "handler",
-            "no progress",
-            marks=pytest.mark.skipif(not hasattr(Bus, "stalled_s"), reason="the bus does not say it yet"),
-        ),
+        ("handler", "no progress"),
         ("worker", "'worker' has ended"),
         ("main", ""),
     ],
