@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from edge.cli import bench, config, keys, memory, model, models, node, units, watch
+from edge.cli import bench, config, decode, keys, memory, model, models, node, units, watch
 from edge.cli.context import settings
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
@@ -52,6 +52,7 @@ app.command()(memory.remember)
 app.command()(memory.recall)
 app.command()(model.handoff)
 app.command()(watch.watch)
+app.command()(decode.decode)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.command()(node.doctor)

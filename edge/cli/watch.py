@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import math
 import queue
 import time
 from typing import Annotated, Any
@@ -76,27 +77,52 @@ def _line(at: float, topic: str, payload: bytes, full: bool) -> str:
     return f"{clock} {topic}{what} {text}"
 
 
-def readable(payload: bytes) -> Any:
-    """A payload as JSON types, whatever it is: msgpack, JSON, text or bytes."""
+def readable(payload: bytes, *, full: bool = False) -> Any:
+    """A payload as JSON types, whatever it is: msgpack, JSON, text or bytes.
+
+    Binary values are cut short, and those that hold msgpack in turn (what is signed) are opened; with ``full`` all are
+    whole and in hexadecimal.
+    """
     import msgspec
 
     if not payload:
         return None
     for decode in (msgspec.json.decode, msgspec.msgpack.decode):
         try:
-            return _plain(decode(payload))
+            return _plain(decode(payload), full)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             continue
-    return _plain(payload)
+    return _plain(payload, full)
 
 
-def _plain(value: Any) -> Any:
-    """Bytes as a short hexadecimal text, and keys as text."""
+OPENED = {"header", "content", "manifest"}
+"""Binary fields that are msgpack: protocol.asyncapi.NESTED, without the time that its import takes."""
+
+
+def _plain(value: Any, full: bool) -> Any:
+    """Bytes as hexadecimal text, and keys as text."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         data = bytes(value)
-        return f"<{len(data)} bytes {data[:8].hex()}{'…' if len(data) > 8 else ''}>"
+        return data.hex() if full else f"<{len(data)} bytes {data[:8].hex()}{'…' if len(data) > 8 else ''}>"
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {
+            str(key): _opened(each) if key in OPENED and not full else _plain(each, full) for key, each in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(each, full) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no word for it
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def _opened(value: Any) -> Any:
+    import msgspec
+
+    if isinstance(value, bytes):
+        try:
+            inside = msgspec.msgpack.decode(value)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            inside = None
+        if isinstance(inside, dict):
+            return _plain(inside, False)
+    return _plain(value, False)

@@ -96,6 +96,7 @@ def test_every_command_that_prints_data_has_json() -> None:
     without = {
         "up",
         "demo",
+        "decode",  # it prints nothing but JSON
         "mindstream models path",
         "mindstream keys trust",
         "mindstream keys forget",
