@@ -50,7 +50,7 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
         "python_ms": statistics.median(python_ms),
         "up_ready_s": statistics.median(ready_s),
         "up_ready_max_s": max(ready_s),
-        "services": "memory_store sync_bridge, embedded broker",
+        "services": "presence memory_store sync_bridge, embedded broker",
         "machine": f"{machine()}, data on {disk}",
         "versions": versions("typer", "msgspec", "paho-mqtt", "iotcore"),
         "baseline": "python_ms: the interpreter running nothing; up_ready_s is from the start of the process to a"

@@ -384,8 +384,10 @@ class Bus:
         if self._publisher.in_flight < QUICK_ACK_BELOW:
             self._connection.quick_ack()
 
-    def _receive(self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool) -> None:
-        self._dispatch.receive(name, payload, packet_id, expiry_s, redelivered)
+    def _receive(
+        self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool, retained: bool
+    ) -> None:
+        self._dispatch.receive(name, payload, packet_id, expiry_s, redelivered, retained)
         if len(self._dispatch.inbox) < QUICK_ACK_BELOW:
             self._connection.quick_ack()
 

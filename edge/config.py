@@ -114,14 +114,14 @@ class ServicesConfig(msgspec.Struct, forbid_unknown_fields=True):
 
     enabled: Annotated[
         list[str] | None,
-        Meta(description="Services to run. Left out: all whose packages are installed."),
+        Meta(description="Services to run, besides `presence`. Left out: all whose packages are installed."),
     ] = None
 
     def names(self) -> list[str]:
         """The services to run, in the table's order."""
         if self.enabled is None:
             return [row.name for row in SERVICES if not missing_packages(row)]
-        return [row.name for row in SERVICES if row.name in self.enabled]
+        return [row.name for row in SERVICES if row.always or row.name in self.enabled]
 
 
 class SupervisorConfig(msgspec.Struct, forbid_unknown_fields=True):

@@ -118,7 +118,13 @@ class Dispatcher:
     # --- on the network thread ----------------------------------------------------------------------------
 
     def receive(
-        self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool = False
+        self,
+        name: str,
+        payload: bytes,
+        packet_id: int,
+        expiry_s: int | None,
+        redelivered: bool = False,
+        retained: bool = False,
     ) -> None:
         """Read one packet and put it where it belongs.
 
@@ -127,6 +133,7 @@ class Dispatcher:
             packet_id: its MQTT packet id; 0 for QoS 0.
             expiry_s: what the broker left of its message expiry, MQTT 5 only.
             redelivered: the broker says that it was sent before.
+            retained: the broker had kept it.
         """
         received_s = time.monotonic()
         ticket = self.ledger.take(packet_id)
@@ -142,6 +149,8 @@ class Dispatcher:
         if hearing is None and not watchers:
             self.ledger.settle(ticket)
             return
+        if message is not None:
+            message.retained = retained
         arrival = Arrival(ticket, name, payload, hearing, message, redelivered=redelivered, watchers=watchers)
         if not self.inbox.offer(arrival, len(payload), wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")

@@ -21,7 +21,7 @@ from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.exception import MalformedPacket
 
 READ_AHEAD_BYTES = 64 * 1024
-_DUP, _QOS_BITS, _QOS_2 = 0x08, 0x06, 0x04
+_DUP, _QOS_BITS, _QOS_2, _RETAIN = 0x08, 0x06, 0x04, 0x01
 _EXPIRY, _SUBSCRIPTION_IDENTIFIER = 0x02, 0x0B
 _FIXED_BYTES = {0x01: 1, 0x23: 2}
 _STRINGS = {0x03: 1, 0x08: 1, 0x09: 1, 0x26: 2}
@@ -66,8 +66,8 @@ class FastClient(paho.Client):
 
     Args:
         on_packet: called on the network thread for each PUBLISH with topic (empty when it is not UTF-8), payload,
-            packet id (0 for QoS 0), the message expiry in seconds that the broker left, or None, and whether the
-            broker says that it was sent before (DUP).
+            packet id (0 for QoS 0), the message expiry in seconds that the broker left, or None, whether the broker
+            says that it was sent before (DUP), and whether it had kept it for whoever subscribes (RETAIN).
         on_acknowledged: called on the network thread for each PUBACK of success.
         kwargs: for paho.
     """
@@ -75,7 +75,7 @@ class FastClient(paho.Client):
     def __init__(
         self,
         *args: Any,
-        on_packet: Callable[[str, bytes, int, int | None, bool], None],
+        on_packet: Callable[[str, bytes, int, int | None, bool, bool], None],
         on_acknowledged: Callable[[], None],
         **kwargs: Any,
     ) -> None:
@@ -119,7 +119,9 @@ class FastClient(paho.Client):
         except IndexError as error:
             raise MalformedPacket(str(error)) from error
         self.turned_s = time.monotonic()  # a packet taken is progress, also where the inbox holds the next one back
-        self._on_packet(topic, bytes(memoryview(packet)[at:]), packet_id, expiry_s, bool(header & _DUP))
+        self._on_packet(
+            topic, bytes(memoryview(packet)[at:]), packet_id, expiry_s, bool(header & _DUP), bool(header & _RETAIN)
+        )
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:

@@ -36,14 +36,15 @@ from edge.service_table import BY_NAME
 from protocol.errors import ConfigError, MindstreamError, StorageError
 from protocol.identity import Identity
 from protocol.messages import ServiceState
+from protocol.topics import SERVICE_STATE
 
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG = 78
 """EX_CONFIG of sysexits.h: starting it again will not help until someone changes the configuration."""
 STATE_INTERVAL_S = 1.0
-STATE_REPEAT_S = 10.0
-"""An unchanged state is said again this often."""
+FLOW_COUNTERS = ("handled", "published")
+"""These grow with every message, that of the state itself included: alone they are no news."""
 SETUP_LONGEST_S = 600.0
 """Opening and migrating databases may take so long on an SD card before systemd may lose its patience."""
 WAIT_STEP_S = 5.0
@@ -93,12 +94,15 @@ class Service:
     """
 
     name: ClassVar[str]
+    durable_session: ClassVar[bool] = True
+    """The broker keeps what comes for this service while it is away."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.config = context.config
         self.node = context.identity.node
-        self.bus = self._open_bus(self.name, durable=True, with_will=True)
+        lost = ServiceState("lost", time.time_ns() // 1000, "its connection broke", os.getpid())
+        self.bus = self._open_bus(self.name, durable=self.durable_session, will=(lost, {"service": self.name}))
         self._manager = Notifier.from_environment()
         self._manager_told_ready = False
         self._workers: list[threading.Thread] = []
@@ -147,13 +151,12 @@ class Service:
 
     # --- life -----------------------------------------------------------------------------------------------
 
-    def open_bus(self, suffix: str) -> Bus:
+    def open_bus(self, suffix: str, *, will: tuple[msgspec.Struct, dict[str, str]] | None = None) -> Bus:
         """Another connection of this service, ``{service}-{suffix}``, for traffic that must not hold up the rest."""
-        return self._open_bus(f"{self.name}-{suffix}", durable=False, with_will=False)
+        return self._open_bus(f"{self.name}-{suffix}", durable=False, will=will)
 
-    def _open_bus(self, client: str, *, durable: bool, with_will: bool) -> Bus:
+    def _open_bus(self, client: str, *, durable: bool, will: tuple[msgspec.Struct, dict[str, str]] | None) -> Bus:
         broker = self.config.broker
-        lost = ServiceState(state="lost", time_us=time.time_ns() // 1000, reason="its connection broke")
         return Bus(
             url=self.context.broker_url,
             node=self.context.identity.node,
@@ -163,7 +166,7 @@ class Service:
             ca_file=broker.ca_file,
             queue_messages=self.config.bus.queue_messages,
             durable_session=durable,
-            will=(lost, {"service": self.name}) if with_will else None,
+            will=will,
         )
 
     def hearings(self) -> list[tuple[Hears, Callable[..., Any]]]:
@@ -306,9 +309,12 @@ class Service:
             details=details,
         )
         now_s = time.monotonic()
-        if (state == self._said and now_s - self._said_at_s < STATE_REPEAT_S) or not self.bus.connected:
+        news = msgspec.structs.replace(
+            state, counters={name: count for name, count in state.counters.items() if name not in FLOW_COUNTERS}
+        )
+        if (news == self._said and now_s - self._said_at_s < SERVICE_STATE.every_s) or not self.bus.connected:
             return
-        self._said, self._said_at_s = state, now_s
+        self._said, self._said_at_s = news, now_s
         try:
             self.bus.say(
                 msgspec.structs.replace(state, time_us=time.time_ns() // 1000), service=self.name, timeout_s=1.0

@@ -18,6 +18,8 @@ class ServiceRow:
     """Packages that must be importable, beyond the core's."""
     extra: str = ""
     """The extra of pyproject.toml that brings them."""
+    always: bool = False
+    """Runs on every node, whether or not ``services.enabled`` names it."""
 
     # What systemd gives it beyond the template, rendered into its drop-in by edge/units.py.
     memory_max: str = "1G"
@@ -33,6 +35,13 @@ class ServiceRow:
 
 
 SERVICES: tuple[ServiceRow, ...] = (
+    ServiceRow(
+        "presence",
+        "services.presence.service",
+        "Presence",
+        "says how this node is: its state, Home Assistant discovery, metrics; notices peers that fall silent",
+        always=True,
+    ),
     ServiceRow(
         "memory_store",
         "services.memory_store.service",

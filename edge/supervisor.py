@@ -2,7 +2,7 @@
 
 It starts the embedded broker when none is configured, then every service at once; starts again what dies, with
 backoff; and when one service dies more often than the configuration allows, stops that one, loudly, while the others
-go on. It says on the bus how the node is. Children die with it, however it dies; SIGTERM ends them in the reverse
+go on, and says ``failed`` for it on the bus. Children die with it, however it dies; SIGTERM ends them in the reverse
 order of the table, the broker last.
 
 ``mindstream up`` and ``python -m edge.supervisor --config FILE`` run one.
@@ -30,16 +30,14 @@ from edge.node_lock import NodeLock
 from edge.process import ChildProcess, RotatingLog, free_bytes, start_child
 from edge.service import EXIT_CONFIG
 from edge.service_table import BY_NAME, ServiceRow, missing_packages
-from edge.text import mindstream_version, printable
+from edge.text import printable
 from protocol.codec import Received
 from protocol.errors import BrokerError, ConfigError, MindstreamError, StorageError
-from protocol.messages import Event, NodeState, ServiceState
+from protocol.messages import Event, ServiceState
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-STATE_REPEAT_S = 10.0
-"""An unchanged state of the node is said again this often."""
 MIN_FREE_BYTES = 16 * 1024 * 1024
 """With less free space a node does not start: it could not keep what it promises to keep."""
 SETTLED = frozenset({"ready", "degraded"})
@@ -89,10 +87,7 @@ class Supervisor:
         self._broker_start_at_s = 0.0
         self._bus: Bus | None = None
         self._connections = 0
-        self._fingerprint = ""
         self._kept: list[_Kept] = []
-        self._state = "init"
-        self._said_at_s = 0.0
         self._started_s = time.monotonic()
         self._unsaid: deque[Event] = deque(maxlen=100)
 
@@ -104,7 +99,7 @@ class Supervisor:
         try:
             self._prepare_folder()
             self._lock = NodeLock(self.data_dir)
-            self._fingerprint = load_or_create_identity(self.data_dir, self.node).fingerprint
+            load_or_create_identity(self.data_dir, self.node)
             self._start_broker()
             self._lock.announce(self.node, self.broker_url)
             self._open_bus()
@@ -114,7 +109,7 @@ class Supervisor:
                 self._look_after_broker()
                 for kept in self._kept:
                     self._look_after(kept)
-                self._say_state()
+                self._look_at_bus()
                 self._say_events()
                 patience_s = self._complain_of_broker(patience_s)
         finally:
@@ -145,8 +140,7 @@ class Supervisor:
                 self._end_service(kept, kept.child)
         if self._bus is not None:
             self._say_events()
-            gone = NodeState(state="disconnected", time_us=_now_us(), fingerprint=self._fingerprint)
-            self._bus.stop(goodbye=[(gone, {})], timeout_s=2.0)
+            self._bus.stop(timeout_s=2.0)
         if self._broker is not None:
             self._broker.stop()
         for kept in self._kept:
@@ -206,7 +200,6 @@ class Supervisor:
 
     def _open_bus(self) -> None:
         settings = self.config.broker
-        lost = NodeState(state="lost", time_us=_now_us(), fingerprint=self._fingerprint)
         self._bus = Bus(
             url=self.broker_url,
             node=self.node,
@@ -214,15 +207,19 @@ class Supervisor:
             username=settings.username,
             password=settings.password(),
             ca_file=settings.ca_file,
-            will=(lost, {}),
         )
         self._bus.hear(ServiceState, self._hear_service, node=self.node)
-        self._bus.hear(NodeState, self._hear_node, node=self.node)
         self._bus.start(timeout_s=None)
 
     def _choose_services(self) -> None:
         names = self.config.services.names()
         settings = self.config.log
+        if self.config.services.enabled == []:
+            raise ConfigError(
+                "starting no service at all: services.enabled is empty",
+                hint=f"the services are {', '.join(BY_NAME)}; leave the key out to run all that can run",
+                field="services.enabled",
+            )
         for name, row in BY_NAME.items():
             if missing := missing_packages(row):
                 log.warning(
@@ -238,12 +235,6 @@ class Supervisor:
             self._kept.append(kept)
             if missing:
                 self._give_up(kept, f"{' and '.join(missing)} not installed: pip install 'mindstream[{row.extra}]'")
-        if not self._kept:
-            raise ConfigError(
-                "starting no service at all: services.enabled is empty",
-                hint=f"the services are {', '.join(BY_NAME)}; leave the key out to run all that can run",
-                field="services.enabled",
-            )
 
     # --- services -----------------------------------------------------------------------------------------
 
@@ -313,10 +304,9 @@ class Supervisor:
         kept.start_at_s = None
         self._report("service-stopped", "error", f"{kept.row.name} is given up: {reason}. The others go on.")
         self._say_failure(kept)
-        self._said_at_s = 0.0
 
     def _say_failure(self, kept: _Kept) -> None:
-        self._say(ServiceState(state="failed", time_us=_now_us(), reason=kept.failure), service=kept.row.name)
+        self._say(ServiceState("failed", _now_us(), kept.failure, os.getpid()), service=kept.row.name)
 
     def _hear_service(self, message: Received) -> None:
         """On the bus's thread: how a service says it is."""
@@ -335,38 +325,17 @@ class Supervisor:
                     log.info("%s is %s%s%s", name, state.state, took, reason)
                 kept.state = state.state
 
-    # --- the node -----------------------------------------------------------------------------------------
+    # --- the broker ---------------------------------------------------------------------------------------
 
-    def _say_state(self) -> None:
+    def _look_at_bus(self) -> None:
         bus = self._bus
         assert bus is not None
-        if not bus.connected:
-            return
-        settled = all(kept.state in SETTLED or kept.failure for kept in self._kept)
-        if bus.connections != self._connections:
-            # A new connection: the broker may have forgotten what it retained, or said that this node is lost.
+        if bus.connected and bus.connections != self._connections:
+            # A new connection: the broker may have forgotten what it retained.
             self._connections = bus.connections
-            self._said_at_s = 0.0
             for kept in self._kept:
                 kept.repeat_failure = bool(kept.failure)
-        state = "ready" if settled or self._state == "ready" else "init"
-        if state == self._state and time.monotonic() - self._said_at_s < STATE_REPEAT_S and self._said_at_s:
-            return
-        became_ready = state == "ready" and self._state != "ready"
-        said = self._say(
-            NodeState(
-                state=state,
-                time_us=_now_us(),
-                fingerprint=self._fingerprint,
-                version=mindstream_version(),
-                services=[kept.row.name for kept in self._kept if not kept.failure],
-                pid=os.getpid(),
-            )
-        )
-        if not said:
-            return
-        self._state, self._said_at_s = state, time.monotonic()
-        if became_ready:
+        if not self.ready.is_set() and all(kept.state in SETTLED or kept.failure for kept in self._kept):
             log.info(
                 "%s is ready after %.1f s; broker %s, data in %s",
                 self.node,
@@ -375,19 +344,6 @@ class Supervisor:
                 self.data_dir,
             )
             self.ready.set()
-
-    def _hear_node(self, message: Received) -> None:
-        """On the bus's thread: this node's own words, or those of another that has its name."""
-        state: NodeState = message.data
-        if state.fingerprint and state.fingerprint != self._fingerprint and state.state in ("init", "ready"):
-            assert self._bus is not None
-            # As often as the other one speaks, hence through the limit of one a second.
-            self._bus.events.report(
-                "node-name-taken",
-                "error",
-                f"another node is called {self.node} on this broker (key {state.fingerprint}): give one of them"
-                " another node.name",
-            )
 
     def _look_after_broker(self) -> None:
         broker = self._broker
@@ -438,7 +394,7 @@ class Supervisor:
         while self._unsaid and self._say(self._unsaid[0], service="supervisor"):
             self._unsaid.popleft()
 
-    def _say(self, message: NodeState | ServiceState | Event, **names: str) -> bool:
+    def _say(self, message: ServiceState | Event, **names: str) -> bool:
         bus = self._bus
         assert bus is not None
         if not bus.connected:

@@ -81,6 +81,8 @@ class Received(msgspec.Struct):
     topic: ParsedTopic
     received_s: float
     """``time.monotonic()`` at arrival."""
+    retained: bool = False
+    """The broker had kept it: it was said at some time before this client subscribed."""
 
     @property
     def node(self) -> str:

@@ -31,7 +31,8 @@ class NodeState(msgspec.Struct):
     """Whether a node is there. JSON, retained; the broker says ``lost`` for a node that vanishes."""
 
     state: str
-    """``init``, ``ready``, ``disconnected`` (said goodbye) or ``lost`` (said by the broker)."""
+    """``init`` (until every service has said how it is), ``ready`` (from then on; what is amiss is the reason),
+    ``sleeping`` (the machine is suspended), ``disconnected`` (said goodbye) or ``lost`` (said by the broker)."""
     time_us: int
     """When this was written, Unix microseconds."""
     fingerprint: str = ""
@@ -39,9 +40,11 @@ class NodeState(msgspec.Struct):
     version: str = ""
     """Mindstream's version."""
     services: list[str] = []
-    """Services that the node's supervisor keeps running."""
+    """Services that run here, without those that are given up."""
     pid: int = 0
-    """Process id of the supervisor."""
+    """Process id of the node's presence service, which says this."""
+    reason: str = ""
+    """Which of its services are not ``ready``, and why."""
 
 
 class ServiceState(msgspec.Struct):
@@ -60,6 +63,38 @@ class ServiceState(msgspec.Struct):
     """Events since start: handled, dropped, refused and so on; each counter's name says what."""
     details: dict[str, Any] = {}
     """What the service wants shown: model, log length, clock skew."""
+
+
+class NodeSleep(msgspec.Struct):
+    """This machine is about to be suspended: the node says ``sleeping`` and leaves the broker in good order, so that
+    it is not taken for lost. Answered once that is said."""
+
+
+class NodeWake(msgspec.Struct):
+    """This machine is awake again. Not needed after a real suspend, which the node notices by its clocks."""
+
+
+class NodeNow(msgspec.Struct):
+    """What the node says of itself now."""
+
+    state: str
+    """As in ``node.state``."""
+
+
+class HomeAssistantDevice(msgspec.Struct):
+    """A node's health as a device of Home Assistant: the payload of its device discovery (2024.11 and later), which
+    says what the fields mean. Empty and retained: the device is gone."""
+
+    dev: dict[str, Any]
+    """The device: identifiers, name, version."""
+    o: dict[str, Any]
+    """Origin: who made this message."""
+    cmps: dict[str, dict[str, Any]]
+    """Components: one entity each, by a name that is its own within the device."""
+    avty: list[dict[str, Any]] = []
+    """Where the device's availability is said."""
+    avty_mode: str = "all"
+    qos: int = 1
 
 
 class Event(msgspec.Struct, omit_defaults=True):
@@ -417,11 +452,19 @@ def _row(
     return MessageRow(type, struct, topic, max_bytes or topic.max_bytes, ask)
 
 
+def _presence(verb: str) -> AskRow:
+    return AskRow("presence", verb, "node.now", ttl_max_ms=60_000, own_node_only=True)
+
+
 _ROWS: tuple[MessageRow, ...] = (
     _row("error", ErrorInfo, topics.REPLY, max_bytes=16 * KIB),
     # presence
     _row("node.state", NodeState, topics.STATE),
     _row("service.state", ServiceState, topics.SERVICE_STATE),
+    _row("node.sleep", NodeSleep, topics.ASK, max_bytes=4 * KIB, ask=_presence("sleep")),
+    _row("node.wake", NodeWake, topics.ASK, max_bytes=4 * KIB, ask=_presence("wake")),
+    _row("node.now", NodeNow, topics.REPLY, max_bytes=4 * KIB),
+    _row("home_assistant.device", HomeAssistantDevice, topics.HOME_ASSISTANT),
     _row("event", Event, topics.EVENT),
     # memory
     _row(

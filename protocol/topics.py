@@ -1,7 +1,8 @@
 """The topic table: every topic that Mindstream uses, declared once.
 
 Subscriptions, ACLs, AsyncAPI and the docs' tables are derived from ``TOPICS``. A name writes its own branch,
-``mindstream/v1/{node}/…``, and nothing else: the topic proves who spoke.
+``mindstream/v1/{node}/…``, and nothing else: the topic proves who spoke. One row has another root, because others
+say what it must be called: Home Assistant's discovery.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ KIB = 1024
 class Topic:
     """One row: a family of topics of one shape.
 
-    Its ``pattern`` stands below the root; levels in braces are names, checked as such.
+    Its ``pattern`` stands below ``root``; levels in braces are names, checked as such. A level may have a literal
+    beginning before its name.
     """
 
     name: str
@@ -33,15 +35,19 @@ class Topic:
     retain: bool = False
     format: str = "msgpack"
     """``msgpack`` (an envelope) or ``json`` (a bare object that any tool can read)."""
+    every_s: float = 0.0
+    """The longest that a live speaker is silent here, in seconds: an unchanged word is said again after it. 0: nothing
+    is promised. Who promised, and is silent for some of these, is late (``edge/liveness.py``)."""
+    root: str = ROOT
     levels: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(f"{ROOT}/{self.pattern}".split("/")))
+        object.__setattr__(self, "levels", tuple(f"{self.root}/{self.pattern}".split("/")))
 
     @property
     def params(self) -> tuple[str, ...]:
         """The names in braces, in order; the first is always ``node``, the speaker."""
-        return tuple(level[1:-1] for level in self.levels if level.startswith("{"))
+        return tuple(name for _, name in map(_taken_apart, self.levels) if name)
 
     def format_topic(self, **names: str) -> str:
         """The concrete topic. Raises WrongTopic when a name is missing or may not stand in a topic."""
@@ -54,19 +60,28 @@ class Topic:
     def _fill(self, names: dict[str, str], *, wildcard: bool) -> str:
         out = []
         for level in self.levels:
-            if not level.startswith("{"):
+            beginning, param = _taken_apart(level)
+            if not param:
                 out.append(level)
                 continue
-            name = names.get(level[1:-1], "+" if wildcard else "")
+            name = names.get(param, "+" if wildcard else "")
             if not (wildcard if name == "+" else NAME_PATTERN.fullmatch(name)):
                 raise WrongTopic(
-                    f"making a topic of {self.pattern!r}: {level[1:-1]} {name[:80]!r} is not a name",
+                    f"making a topic of {self.pattern!r}: {param} {name[:80]!r} is not a name",
                     hint="use 1 to 63 of a-z, 0-9, '-' and '_'",
-                    field=level[1:-1],
+                    field=param,
                     reason="not a name",
                 )
-            out.append(name)
+            # MQTT has no wildcard for the end of a level: the whole level it is, and parse() refuses the others.
+            out.append("+" if name == "+" else beginning + name)
         return "/".join(out)
+
+
+@lru_cache(maxsize=256)
+def _taken_apart(level: str) -> tuple[str, str]:
+    """A pattern's level as its literal beginning and the name in braces; the whole level and nothing without one."""
+    beginning, brace, name = level.partition("{")
+    return (beginning, name[:-1]) if brace else (level, "")
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ STATE = Topic(
     8 * KIB,
     retain=True,
     format="json",
+    every_s=10.0,
 )
 SERVICE_STATE = Topic(
     "service_state",
@@ -96,6 +112,7 @@ SERVICE_STATE = Topic(
     32 * KIB,
     retain=True,
     format="json",
+    every_s=10.0,
 )
 EVENT = Topic(
     "event", "{node}/event/{service}", "what was dropped, lost or refused, and other things to know", 16 * KIB
@@ -115,6 +132,15 @@ ASK = Topic(
     1000 * KIB,
 )
 REPLY = Topic("reply", "{node}/reply/{asker}/{client}", "the answer to an ask", 1000 * KIB)
+HOME_ASSISTANT = Topic(
+    "home_assistant",
+    "device/mindstream-{node}/config",
+    "the node's health as a device of Home Assistant (its MQTT discovery)",
+    64 * KIB,
+    retain=True,
+    format="json",
+    root="homeassistant",
+)
 
 TOPICS: tuple[Topic, ...] = (
     STATE,
@@ -128,6 +154,7 @@ TOPICS: tuple[Topic, ...] = (
     BLOB,
     ASK,
     REPLY,
+    HOME_ASSISTANT,
 )
 
 MAX_PACKET_BYTES = 1024 * KIB
@@ -135,23 +162,31 @@ MAX_PACKET_BYTES = 1024 * KIB
 
 _LEVEL = re.compile(NAME_PATTERN.pattern)
 _BY_SHAPE: dict[tuple[int, str], list[Topic]] = {}
+_ELSEWHERE = [topic for topic in TOPICS if topic.root != ROOT]
 for _topic in TOPICS:
-    _BY_SHAPE.setdefault((len(_topic.levels), _topic.levels[3]), []).append(_topic)
+    if _topic.root == ROOT:
+        _BY_SHAPE.setdefault((len(_topic.levels), _topic.levels[3]), []).append(_topic)
 
 
 @lru_cache(maxsize=4096)
 def parse(topic: str) -> ParsedTopic:
     """Take a concrete topic apart. Raises WrongTopic when no row of the table has its shape."""
     levels = topic.split("/")
-    if len(topic) <= 512 and len(levels) > 3 and f"{levels[0]}/{levels[1]}" == ROOT:
-        for row in _BY_SHAPE.get((len(levels), levels[3]), ()):
+    if len(topic) <= 512 and len(levels) > 3:
+        if f"{levels[0]}/{levels[1]}" == ROOT:
+            rows = _BY_SHAPE.get((len(levels), levels[3]), ())
+        else:
+            rows = [row for row in _ELSEWHERE if len(row.levels) == len(levels)]
+        for row in rows:
             names: dict[str, str] = {}
             for pattern, level in zip(row.levels, levels, strict=True):
-                if pattern.startswith("{"):
-                    if not _LEVEL.fullmatch(level):
+                beginning, param = _taken_apart(pattern)
+                if not param:
+                    if pattern != level:
                         break
-                    names[pattern[1:-1]] = level
-                elif pattern != level:
+                elif level.startswith(beginning) and _LEVEL.fullmatch(level, len(beginning)):
+                    names[param] = level[len(beginning) :]
+                else:
                     break
             else:
                 return ParsedTopic(row, names["node"], names, topic)

@@ -53,7 +53,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         watcher = Watcher(broker.url)
         found.start()
         watcher.wait_ready("tomato", MEMORY_SERVICES)
-        wait_for(lambda: "tomato" in watcher.nodes and watcher.nodes["tomato"].state == "ready", "not ready")
+        wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
         yield found
         watcher.bus.stop()
         assert found.stop() == 0

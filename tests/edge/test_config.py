@@ -41,7 +41,7 @@ def test_values_of_the_file_are_taken_and_services_run_in_the_order_of_the_table
     )
     config = load_config(path, {})
     assert config.node.name == "tomato"
-    assert config.services.names() == ["memory_store", "sync_bridge"]
+    assert config.services.names() == ["presence", "memory_store", "sync_bridge"]
     assert config.supervisor.restart_limit == 2
 
 

@@ -16,7 +16,7 @@ from paho.mqtt.properties import Properties
 
 from edge.mqtt_client import FastClient, ReadAhead
 
-Seen = tuple[str, bytes, int, "int | None", bool]
+Seen = tuple[str, bytes, int, "int | None", bool, bool]
 
 
 def fast_client(seen: list[Seen], acknowledged: list[int]) -> FastClient:
@@ -38,7 +38,8 @@ def stock_client(seen: list[Seen]) -> paho.Client:
         except UnicodeDecodeError:
             topic = ""
         expiry_s = getattr(message.properties, "MessageExpiryInterval", None)
-        seen.append((topic, bytes(message.payload), message.mid if message.qos else 0, expiry_s, message.dup))
+        packet_id = message.mid if message.qos else 0
+        seen.append((topic, bytes(message.payload), packet_id, expiry_s, message.dup, message.retain))
 
     client.on_message = on_message
     return client
@@ -99,7 +100,7 @@ def test_what_a_peer_wrote_into_a_property_that_nobody_asks_for_does_not_end_the
     seen: list[Seen] = []
     properties = b"\x26\0\1a\0\1\0" + expiry
     handle(fast_client(seen, []), 0x30, b"\0\1t" + bytes([len(properties)]) + properties + b"payload")
-    assert seen == [("t", b"payload", 0, 7 if expiry else None, False)]
+    assert seen == [("t", b"payload", 0, 7 if expiry else None, False, False)]
 
 
 @given(st.sampled_from([0x30, 0x32, 0x31, 0x3A]), st.binary(max_size=40))

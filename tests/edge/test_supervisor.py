@@ -85,18 +85,18 @@ def test_a_node_becomes_ready_and_sigterm_ends_all_of_it(
     tmp_path: Path, embedded_broker: EmbeddedBroker, watcher: Watcher
 ) -> None:
     with running(tmp_path, embedded_broker.url) as node:
-        wait_for(lambda: watcher.nodes.get("tomato") and watcher.nodes["tomato"].state == "ready", "not ready")
+        wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
         state = watcher.nodes["tomato"]
-        assert state.services == list(MEMORY_SERVICES)
+        assert state.services == ["presence", *MEMORY_SERVICES]
         assert state.fingerprint == node.identity.fingerprint
-        assert node.process is not None
-        assert state.pid == node.process.pid
+        assert state.pid == pid_of(watcher, "presence")
         assert all(watcher.state("tomato", service) == "ready" for service in MEMORY_SERVICES)
         pids = [pid_of(watcher, service) for service in MEMORY_SERVICES]
         assert node.stop() == 0
         assert not any(map(alive, pids))
-        wait_for(lambda: watcher.nodes["tomato"].state == "disconnected", "no goodbye")
+        wait_for(lambda: watcher.node_state("tomato") == "disconnected", "no goodbye")
         assert {watcher.state("tomato", service) for service in MEMORY_SERVICES} == {"disconnected"}
+        assert watcher.nodes["tomato"].pid == state.pid
         # In the reverse order of the table.
         assert node.log.index("sync_bridge is disconnected") < node.log.index("memory_store is disconnected")
         assert running_in(node.data_dir) is None
@@ -134,8 +134,9 @@ def test_a_service_that_keeps_dying_is_given_up_loudly_and_alone(
         assert stopped.severity == "error"
         assert "memory_store" in stopped.text
         # The node goes on, without it.
-        wait_for(lambda: watcher.nodes["tomato"].services == ["sync_bridge"], "it is still listed")
-        assert watcher.nodes["tomato"].state == "ready"
+        wait_for(lambda: watcher.nodes["tomato"].services == ["presence", "sync_bridge"], "it is still listed")
+        assert watcher.node_state("tomato") == "ready"
+        assert watcher.nodes["tomato"].reason.startswith("memory_store is failed: it died 3 times")
         assert "ERROR" in node.log
         assert node.stop() == 0
 
@@ -166,7 +167,7 @@ def test_the_failure_is_still_known_after_the_broker_has_forgotten_all(tmp_path:
         broker.start()
         second = Watcher(broker.url, "second")
         wait_for(lambda: second.state("tomato", "memory_store") == "failed", "the failure is forgotten")
-        wait_for(lambda: "tomato" in second.nodes and second.nodes["tomato"].state == "ready", "the node is forgotten")
+        wait_for(lambda: second.node_state("tomato") == "ready", "the node is forgotten")
         second.bus.stop()
         assert node.stop() == 0
 
@@ -178,11 +179,11 @@ def test_kill_nine_of_the_supervisor_leaves_no_orphan_and_says_lost(
     request.addfinalizer(found.bus.stop)
     with running(tmp_path, broker.url) as node:
         found.wait_ready("tomato", MEMORY_SERVICES)
-        wait_for(lambda: found.nodes["tomato"].state == "ready", "not ready")
+        wait_for(lambda: found.node_state("tomato") == "ready", "not ready")
         pids = [pid_of(found, service) for service in MEMORY_SERVICES]
         node.kill()
         wait_for(lambda: not any(map(alive, pids)), "an orphan is left")
-        wait_for(lambda: found.nodes["tomato"].state == "lost", "the broker does not say so")
+        wait_for(lambda: found.node_state("tomato") == "lost", "the broker does not say so")
 
 
 def test_one_data_folder_has_one_supervisor(tmp_path: Path, embedded_broker: EmbeddedBroker, watcher: Watcher) -> None:
@@ -194,11 +195,12 @@ def test_one_data_folder_has_one_supervisor(tmp_path: Path, embedded_broker: Emb
         assert f"process {node.process.pid}" in said
         assert "node.data_dir" in said
         assert watcher.state("tomato", "memory_store") == "ready"
+        first = watcher.nodes["tomato"].pid
         node.kill()
         # The lock went with its holder: the next one starts.
         node.start()
         wait_for(
-            lambda: watcher.nodes["tomato"].state == "ready" and watcher.nodes["tomato"].pid == node.process.pid,
+            lambda: watcher.node_state("tomato") == "ready" and watcher.nodes["tomato"].pid != first,
             "the next one is not ready",
         )
         assert node.stop() == 0
@@ -226,7 +228,7 @@ def test_the_embedded_broker_is_started_again_on_its_port(tmp_path: Path) -> Non
         watcher.nodes.clear()
         watcher.services.clear()
         watcher.wait_ready("tomato", ["memory_store"])
-        wait_for(lambda: "tomato" in watcher.nodes and watcher.nodes["tomato"].state == "ready", "not ready again")
+        wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready again")
         watcher.bus.stop()
         process.terminate()
         assert process.wait(30) == 0
@@ -246,7 +248,7 @@ def test_a_broker_that_comes_later_is_waited_for_and_asked_after(tmp_path: Path)
         with broker:
             found = Watcher(broker.url)
             found.wait_ready("tomato", MEMORY_SERVICES)
-            wait_for(lambda: "tomato" in found.nodes and found.nodes["tomato"].state == "ready", "not ready")
+            wait_for(lambda: found.node_state("tomato") == "ready", "not ready")
             found.bus.stop()
             assert node.stop() == 0
 

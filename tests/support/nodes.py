@@ -139,6 +139,11 @@ class Watcher:
         found = self.services.get((node, service))
         return found.state if found else ""
 
+    def node_state(self, node: str) -> str:
+        """The last state that a node said, or the broker for it."""
+        found = self.nodes.get(node)
+        return found.state if found else ""
+
     def wait_ready(self, node: str, services: Sequence[str], timeout_s: float = 30.0) -> None:
         """Wait until all ``services`` of ``node`` are ready."""
         for service in services:

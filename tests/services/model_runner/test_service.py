@@ -443,7 +443,7 @@ def test_a_node_without_its_model_says_so_and_its_other_services_are_fine(tmp_pa
                 with pytest.raises(ModelUnavailable, match="gpt-nowhere"):
                     watcher.bus.ask("bare", ask, ttl_ms=10_000)
             watcher.bus.ask("bare", MemoryPut("it remembers all the same"), ttl_ms=10_000)
-            wait_for(lambda: watcher.nodes["bare"].state == "ready", "the node is not ready without its model")
+            wait_for(lambda: watcher.node_state("bare") == "ready", "the node is not ready without its model")
         finally:
             watcher.bus.stop()
             if node.process is not None:
