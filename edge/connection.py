@@ -44,8 +44,9 @@ NETWORK_TURN_S = 1.0
 class Listener:
     """Who hears of the connection, each on the network thread."""
 
-    on_packet: Callable[[str, bytes, int, int | None, bool], None]
-    """A PUBLISH came: topic, payload, packet id, what is left of its expiry in seconds, and whether it came before."""
+    on_packet: Callable[[str, bytes, int, int | None, bool, bool], None]
+    """A PUBLISH came: topic, payload, packet id, what is left of its expiry in seconds, whether it came before, and
+    whether the broker had kept it for whoever subscribes."""
     on_acknowledged: Callable[[], None]
     """A PUBACK of success."""
     on_refused: Callable[[int, ReasonCode], None]

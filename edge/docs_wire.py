@@ -27,7 +27,8 @@ _PROTOCOL = """\
 
 {generated}
 
-What crosses the bus, for clients in any language. Everything is below `{root}/`, in lowercase.
+What crosses the bus, for clients in any language. Everything is below `{root}/`, in lowercase, but
+for the one topic whose name Home Assistant chose.
 
 - **A node writes its own branch and nothing else.** The first level below the root is the node that speaks; the
   `source` of its envelopes begins with that name, and what does not is refused.
@@ -41,6 +42,9 @@ What crosses the bus, for clients in any language. Everything is below `{root}/`
   client name) and `ttl_ms`, always; the answer comes in the responder's branch
   (`{{responder}}/reply/{{asker}}/{{client}}`) with the ask's id as its `correlation`. Age is judged by monotonic clocks
   and the broker's own message expiry, never by wall clocks. An ask repeated with the same id is carried out once.
+- **Liveness.** Where a topic is said *at least every* so often, a live speaker repeats its word after that time, also
+  an unchanged one; silent for three of these times it is late. A retained message that comes with a subscription (it
+  has MQTT's RETAIN flag) may be old and says nothing of that.
 - **QoS 1 everywhere.** A PUBACK means that the broker has it, nothing more.
 - No packet is above {max_packet:,} bytes; each topic and type has a limit of its own.
 
@@ -136,9 +140,16 @@ def protocol_page() -> str:
     """docs/protocol.md."""
     fields = _Fields()
     topics = table(
-        ("topic", "what", "limit in bytes", "format", "retained"),
+        ("topic", "what", "limit in bytes", "format", "retained", "at least every"),
         [
-            (f"`{row.pattern}`", row.about, f"{row.max_bytes:,}", row.format, "yes" if row.retain else "")
+            (
+                f"`{row.shown}`",
+                row.about,
+                f"{row.max_bytes:,}",
+                row.format,
+                "yes" if row.retain else "",
+                f"{row.every_s:g} s" if row.every_s else "",
+            )
             for row in TOPICS
         ],
     )
@@ -163,7 +174,7 @@ def protocol_page() -> str:
                 f"\nAsked of `{row.ask.service}` as `{row.ask.verb}`, answered with `{row.ask.reply}`; time to live at"
                 f" most {row.ask.ttl_max_ms:,} ms{marks}."
             )
-        lines.append(f"\nOn `{row.topic.pattern}`, at most {row.max_bytes:,} bytes.\n")
+        lines.append(f"\nOn `{row.topic.shown}`, at most {row.max_bytes:,} bytes.\n")
         lines.append(fields.table(row.struct))
         parts.append("\n".join(lines))
     # Structs inside messages name others in turn: the list grows while it is walked.

@@ -81,6 +81,33 @@ class NodeNow(msgspec.Struct):
     """As in ``node.state``."""
 
 
+class PresenceHeardAsk(msgspec.Struct):
+    """Ask a node's presence service whom it hears, and who has fallen silent."""
+
+
+class Speaker(msgspec.Struct):
+    """A node, or a service of one, as another node hears it."""
+
+    node: Name
+    service: str
+    """Empty: the node itself."""
+    state: str
+    """What it said last."""
+    liveness: str
+    """``live``, ``late`` (silent for three of its declared intervals), ``silent`` (for ten), ``gone`` (it said goodbye,
+    sleeps, was given up, or the broker said that it is lost) or ``unknown`` (only a retained word was heard as yet)."""
+    silent_s: float
+    """Since its last word, or since it is listened to, by the hearer's monotonic clock."""
+    skew_ms: float | None = None
+    """How far its clock was ahead of the hearer's when it spoke, the message's way included; nil: not known."""
+
+
+class PresenceHeard(msgspec.Struct):
+    """Whom a node hears."""
+
+    speakers: list[Speaker]
+
+
 class HomeAssistantDevice(msgspec.Struct):
     """A node's health as a device of Home Assistant: the payload of its device discovery (2024.11 and later), which
     says what the fields mean. Empty and retained: the device is gone."""
@@ -452,8 +479,8 @@ def _row(
     return MessageRow(type, struct, topic, max_bytes or topic.max_bytes, ask)
 
 
-def _presence(verb: str) -> AskRow:
-    return AskRow("presence", verb, "node.now", ttl_max_ms=60_000, own_node_only=True)
+def _presence(verb: str, reply: str = "node.now") -> AskRow:
+    return AskRow("presence", verb, reply, ttl_max_ms=60_000, own_node_only=True)
 
 
 _ROWS: tuple[MessageRow, ...] = (
@@ -464,6 +491,10 @@ _ROWS: tuple[MessageRow, ...] = (
     _row("node.sleep", NodeSleep, topics.ASK, max_bytes=4 * KIB, ask=_presence("sleep")),
     _row("node.wake", NodeWake, topics.ASK, max_bytes=4 * KIB, ask=_presence("wake")),
     _row("node.now", NodeNow, topics.REPLY, max_bytes=4 * KIB),
+    _row(
+        "presence.heard.ask", PresenceHeardAsk, topics.ASK, max_bytes=4 * KIB, ask=_presence("heard", "presence.heard")
+    ),
+    _row("presence.heard", PresenceHeard, topics.REPLY),
     _row("home_assistant.device", HomeAssistantDevice, topics.HOME_ASSISTANT),
     _row("event", Event, topics.EVENT),
     # memory

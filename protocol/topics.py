@@ -49,6 +49,11 @@ class Topic:
         """The names in braces, in order; the first is always ``node``, the speaker."""
         return tuple(name for _, name in map(_taken_apart, self.levels) if name)
 
+    @property
+    def shown(self) -> str:
+        """The pattern as people read it: with its root only where that is another one."""
+        return self.pattern if self.root == ROOT else f"{self.root}/{self.pattern}"
+
     def format_topic(self, **names: str) -> str:
         """The concrete topic. Raises WrongTopic when a name is missing or may not stand in a topic."""
         return self._fill(names, wildcard=False)

@@ -101,7 +101,7 @@ def test_status_shows_every_service(node: Node) -> None:
     found = json.loads(done.stdout)["tomato"]
     assert found["state"]["state"] == "ready"
     assert {name: state["state"] for name, state in found["services"].items()} == dict.fromkeys(
-        MEMORY_SERVICES, "ready"
+        ("presence", *MEMORY_SERVICES), "ready"
     )
     text = mindstream("status", config=node.config).stdout
     assert all(service in text for service in MEMORY_SERVICES)

@@ -32,6 +32,7 @@ from protocol.messages import (
     BlobPulling,
     ChatMessage,
     Event,
+    HomeAssistantDevice,
     MemoryEntries,
     MemoryHave,
     MemoryHit,
@@ -51,14 +52,20 @@ from protocol.messages import (
     ModelResume,
     ModelResumed,
     ModelSnapshot,
+    NodeNow,
+    NodeSleep,
     NodeState,
+    NodeWake,
     OriginHave,
+    PresenceHeard,
+    PresenceHeardAsk,
     RunDone,
     RunToken,
     ServiceState,
     SnapshotAnnounce,
     SnapshotManifestAsk,
     SnapshotSaved,
+    Speaker,
     Usage,
 )
 
@@ -181,6 +188,31 @@ VALUES: dict[str, msgspec.Struct] = {
         version="0.1.0",
         services=["memory_store", "sync_bridge"],
         pid=4242,
+        reason="model_runner is failed: torch not installed",
+    ),
+    "node.sleep": NodeSleep(),
+    "node.wake": NodeWake(),
+    "node.now": NodeNow(state="sleeping"),
+    "presence.heard.ask": PresenceHeardAsk(),
+    "presence.heard": PresenceHeard(
+        speakers=[
+            Speaker(node="tomato", service="memory_store", state="ready", liveness="late", silent_s=31.5, skew_ms=-8.25)
+        ]
+    ),
+    "home_assistant.device": HomeAssistantDevice(
+        dev={"ids": ["mindstream-sprout"], "name": "Mindstream sprout", "sw": "0.1.0"},
+        o={"name": "mindstream", "sw": "0.1.0"},
+        cmps={
+            "state": {
+                "p": "sensor",
+                "unique_id": "mindstream_sprout_state",
+                "state_topic": "mindstream/v1/sprout/state",
+                "value_template": "{{ value_json.state }}",
+            }
+        },
+        avty=[{"topic": "mindstream/v1/sprout/state", "value_template": "{{ value_json.state }}"}],
+        avty_mode="any",
+        qos=0,
     ),
     "service.state": ServiceState(
         state="degraded",
