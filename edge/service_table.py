@@ -41,6 +41,7 @@ SERVICES: tuple[ServiceRow, ...] = (
         "Presence",
         "says how this node is: its state, Home Assistant discovery, metrics; notices peers that fall silent",
         always=True,
+        memory_max="256M",
     ),
     ServiceRow(
         "memory_store",

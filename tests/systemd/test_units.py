@@ -170,6 +170,9 @@ def test_the_doctor_looks_at_the_units_of_a_device(tmp_path: Path, monkeypatch: 
 
     assert "mindstream up" in units_check()[1]
     units.write(tmp_path)
+    wants = tmp_path / units.WANTS
+    wants.mkdir()
+    (wants / units.instance("presence")).symlink_to("/etc/systemd/system/mindstream@.service")
     assert units_check()[0] == "ok"
     with (tmp_path / units.TEMPLATE).open("a") as file:
         file.write("RestartSec=1\n")
