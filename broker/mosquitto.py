@@ -19,12 +19,11 @@ import tempfile
 from pathlib import Path
 
 from broker.base import MAX_CONNECTIONS, MAX_INFLIGHT, MAX_PACKET_BYTES, Broker
+from broker.configuration import AUTOSAVE_INTERVAL_S, UNLIMITED_MESSAGES
+from broker.system_user import why_not_readable, why_not_writable
 from protocol.errors import BrokerError
 
 INSTALL_HINT = "sudo apt-get install --yes --no-install-recommends mosquitto mosquitto-clients"
-AUTOSAVE_INTERVAL_S = 1
-"""The default of 30 minutes loses all of them at a kill. Saving on every change (``autosave_on_changes``) costs
-thirty times the throughput; once a second costs nearly nothing."""
 
 CONFIG = """\
 listener {port} {host}
@@ -38,8 +37,8 @@ autosave_interval {autosave_interval_s}
 max_connections {max_connections}
 max_packet_size {max_packet_bytes}
 max_inflight_messages {max_inflight}
-# 0 is no limit. The defaults drop silently what is beyond 1,000 messages for a client that is away.
-max_queued_messages 0
+# No limit. The defaults drop silently what is beyond 1,000 messages for a client that is away.
+max_queued_messages {unlimited}
 max_queued_bytes 0
 set_tcp_nodelay true
 
@@ -93,6 +92,7 @@ class MosquittoBroker(Broker):
                 hint="give it a data folder that this user may write",
                 reason="data folder not writable",
             ) from error
+        _refuse_unsaved(folder)
         return [str(binary), "-c", str(config_path)]
 
     def _folder(self) -> Path:
@@ -108,6 +108,21 @@ class MosquittoBroker(Broker):
             self._temporary = None
 
 
+def _refuse_unsaved(folder: Path) -> None:
+    """Mosquitto runs on, and saves nothing, where it cannot write; and forgets what it cannot read."""
+    account = pwd.getpwuid(os.geteuid())
+    database = folder / "mosquitto.db"
+    reason = why_not_writable(folder, account)
+    if not reason and database.exists() and (unreadable := why_not_readable(database, account)):
+        reason = f"{database.name}: {unreadable}"
+    if reason:
+        raise BrokerError(
+            f"starting Mosquitto: {account.pw_name} cannot keep its state in {folder}: {reason}",
+            hint="give it a data folder that this user may read and write",
+            reason="data folder not writable",
+        )
+
+
 def render_config(host: str, port: int, folder: Path) -> str:
     """Mosquitto's configuration; ``folder`` holds its state."""
     return CONFIG.format(
@@ -118,6 +133,7 @@ def render_config(host: str, port: int, folder: Path) -> str:
         user=pwd.getpwuid(os.geteuid()).pw_name,
         folder=folder,
         autosave_interval_s=AUTOSAVE_INTERVAL_S,
+        unlimited=UNLIMITED_MESSAGES,
         max_connections=MAX_CONNECTIONS,
         max_packet_bytes=MAX_PACKET_BYTES,
         max_inflight=MAX_INFLIGHT,

@@ -33,16 +33,20 @@ def storage_errors(doing: str) -> Iterator[None]:
         ) from error
 
 
-def write_atomically(path: Path, data: bytes | memoryview, *, mode: int = 0o600) -> None:
+def write_atomically(
+    path: Path, data: bytes | memoryview, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+) -> None:
     """Write ``data`` to ``path``, synced to disk: after a crash the old file is there, or the new one, whole.
 
-    Raises StorageError.
+    ``owner`` (user and group id) gives the file away, which only root may. Raises StorageError.
     """
     with storage_errors(f"writing {path}"):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(descriptor, mode)
+                if owner is not None:
+                    os.fchown(descriptor, *owner)
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)
