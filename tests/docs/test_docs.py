@@ -102,6 +102,11 @@ def test_every_command_that_prints_data_has_json() -> None:
         "mindstream keys forget",
         "mindstream config path",
         "mindstream units render",
+        "mindstream broker render device",
+        "mindstream broker render hub",
+        "mindstream broker user add",
+        "mindstream broker user rm",
+        "mindstream broker certificate",
     }
     for path, command in docs.commands():
         if hasattr(command, "commands") or path[-1] in without or " ".join(path) in without:

@@ -150,6 +150,7 @@ class NamedClient:
             protocol=paho.MQTTv5,
             transport="websockets" if websockets else "tcp",
         )
+        self.mqtt.reconnect_delay_set(0.1, 0.5)  # type: ignore[arg-type]
         self.mqtt.max_inflight_messages_set(0)
         if name:
             self.mqtt.username_pw_set(name, password)
