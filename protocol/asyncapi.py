@@ -101,7 +101,7 @@ def _servers() -> dict[str, Any]:
             "host": "localhost:1883",
             "protocol": "mqtt",
             "protocolVersion": "5.0",
-            "description": "A broker of this machine alone, without passwords. MQTT 3.1.1 serves as well.",
+            "description": "The broker of this machine alone, without passwords. The embedded one speaks MQTT 5 only.",
             "bindings": binding,
         },
         "site": {
