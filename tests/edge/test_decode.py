@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -170,6 +170,7 @@ def test_what_is_too_large_is_not_held(path: Path) -> None:
     assert "above" in done.err
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_damaged_input_never_breaks_it(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     made = ALL[data.draw(st.sampled_from(list(MESSAGES)))]
