@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def shared_folder() -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     # Every process that a test starts inherits this, orphans included, so the end can look for it.
     os.environ[_RUN_MARK] = uuid.uuid4().hex
+    # A shell starts what it runs in the background with Ctrl-C ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_left_behind] = []
 
 

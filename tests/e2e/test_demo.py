@@ -20,13 +20,6 @@ from tests.support.nodes import CHECKOUT, wait_for
 
 pytestmark = pytest.mark.model
 
-# A shell starts what it runs in the background with Ctrl-C ignored, and these tests may run there.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from edge.cli import main
-main()
-"""
 TOUR_TIMEOUT_S = 150
 PROVEN = "64 of 64 tokens are the same"
 STAYS = "Ctrl-C ends everything"
@@ -46,7 +39,7 @@ class Command:
         }
         with self._printed.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *arguments],
+                [sys.executable, "-c", "from edge.cli import main; main()", *arguments],
                 cwd=CHECKOUT,
                 env={**os.environ, **extra, **environment},
                 stdin=subprocess.DEVNULL,
