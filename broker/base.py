@@ -59,6 +59,8 @@ class Broker(ABC):
     """Its name in messages and in ``mindstream status``."""
     death_signal: signal.Signals = signal.SIGKILL
     """What the child gets when this process dies."""
+    mqtt_level: int = 5
+    """Protocol level that it is asked in whether it is ready: 5, or 4 for MQTT 3.1.1."""
 
     def __init__(self, port: int | None = None, *, host: str = "127.0.0.1", log_path: Path | None = None) -> None:
         self.host = _loopback(host)
@@ -186,7 +188,7 @@ class Broker(ABC):
                     reason="the broker ended at its start",
                 )
             # Whoever answers must be our child, not a program that took the port in the meantime.
-            if answers_connect(self.host, port) and _listens(process.pid, port):
+            if answers_connect(self.host, port, level=self.mqtt_level) and _listens(process.pid, port):
                 return
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.1)
@@ -228,11 +230,12 @@ class _PortTaken(BrokerError):
     """Apart from other failures only inside this module: a broker with no port of its own tries another."""
 
 
-def answers_connect(host: str, port: int, timeout_s: float = _PROBE_TIMEOUT_S) -> bool:
-    """Whether an MQTT 5 broker there answers a CONNECT with a CONNACK that accepts it."""
+def answers_connect(host: str, port: int, timeout_s: float = _PROBE_TIMEOUT_S, level: int = 5) -> bool:
+    """Whether an MQTT broker there answers a CONNECT with a CONNACK that accepts it; ``level`` 4 is MQTT 3.1.1."""
     client_id = f"mindstream-probe-{os.getpid()}".encode()
-    # Protocol name and level 5, clean start, keep-alive 10 s (rumqttd refuses 0), no properties, client id.
-    body = b"\x00\x04MQTT\x05\x02\x00\x0a\x00" + len(client_id).to_bytes(2, "big") + client_id
+    # Protocol name and level, clean start, keep-alive 10 s (rumqttd refuses 0), in MQTT 5 no properties, client id.
+    level_and_flags = bytes([level, 0x02]) + b"\x00\x0a" + (b"\x00" if level == 5 else b"")
+    body = b"\x00\x04MQTT" + level_and_flags + len(client_id).to_bytes(2, "big") + client_id
     try:
         with socket.create_connection((host, port), timeout=timeout_s) as connection:
             connection.sendall(bytes([0x10, len(body)]) + body)

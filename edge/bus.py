@@ -22,6 +22,8 @@ from functools import lru_cache
 from typing import Any
 
 import msgspec
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge.asks import PendingAsks
@@ -29,11 +31,12 @@ from edge.connection import Connection, Listener
 from edge.counters import Counters, Events
 from edge.dispatch import Deferred, Dispatcher
 from edge.journal import CommandJournal
+from edge.mqtt_version import AUTO
 from edge.publishing import PUBLISH_WINDOW, Packet, Publisher, check_size
 from edge.wire_properties import RequestProperties
 from protocol import codec, topics
 from protocol.codec import Received
-from protocol.errors import BusError, MindstreamError, NotConnected, ProtocolError, UnknownType
+from protocol.errors import BusError, MindstreamError, NotAuthorized, NotConnected, ProtocolError, UnknownType, to_wire
 from protocol.ids import check_name, uuid7
 from protocol.messages import Event, MessageRow, row_of
 from protocol.topics import Topic
@@ -58,8 +61,10 @@ class Bus:
         client: its name there, a service or a program; with the node it makes the client id.
         username, password: for the broker; empty for none.
         ca_file: CA certificates for ``mqtts``; empty for the system's.
+        protocol: MQTT version: ``5``, ``3.1.1``, or ``auto``: 5, and 3.1.1 where the broker has no 5.
         queue_messages: bound of the inbox, and the receive maximum granted to the broker.
-        durable_session: the broker keeps messages for this client while it is away.
+        durable_session: the broker keeps messages for this client while it is away. Not on 3.1.1, where nothing
+            would tell how old an ask has become meanwhile.
         will: a retained state message that the broker publishes when the client vanishes, with the names
             of its topic.
     """
@@ -73,6 +78,7 @@ class Bus:
         username: str = "",
         password: str = "",
         ca_file: str = "",
+        protocol: str = AUTO,
         queue_messages: int = 1000,
         durable_session: bool = False,
         will: tuple[msgspec.Struct, dict[str, str]] | None = None,
@@ -80,6 +86,7 @@ class Bus:
         self.url = url
         self.node = check_name(node, "node")
         self.client = check_name(client, "client")
+        self.username = username
         self.source = f"{node}/{client}"
         self.counters = Counters()
         self.events = Events(self._say_event, self.counters)
@@ -95,6 +102,7 @@ class Bus:
             ca_file=ca_file,
             receive_maximum=queue_messages,
             durable=durable_session,
+            protocol=protocol,
             counters=self.counters,
             events=self.events,
             listener=Listener(
@@ -130,7 +138,7 @@ class Bus:
     # --- life ---------------------------------------------------------------------------------------------
 
     def start(self, timeout_s: float | None = 10.0) -> None:
-        """Connect and subscribe. Raises NotConnected after ``timeout_s``; None waits for ever in the background.
+        """Connect and subscribe. Raises NotConnected as wait_subscribed() does; None connects in the background.
 
         The connection heals by itself from then on, with backoff.
         """
@@ -176,8 +184,13 @@ class Bus:
 
     @property
     def refusal(self) -> str:
-        """Why the broker refused the last connection or subscription; empty when it did not."""
-        return self._connection.refusal
+        """Why there is no connection, or not every subscription; empty when all is well, or nothing was tried yet."""
+        return self._connection.fault.text if self._connection.fault is not None else ""
+
+    @property
+    def protocol(self) -> str:
+        """The MQTT version spoken, or about to be tried: ``5`` or ``3.1.1``."""
+        return self._connection.version
 
     def stalled_s(self) -> float:
         """How long the handler thread has been at one message, or the network thread has not turned, in seconds.
@@ -227,7 +240,7 @@ class Bus:
         """Ask ``target`` node and wait for its answer, at most ``ttl_ms``.
 
         The ask is sent again (same id: it is carried out once) when the connection comes back. Raises
-        AskExpired, or the error that the other side answered with.
+        AskExpired, NotAuthorized (the broker's ACL), or the error that the other side answered with.
         """
         if self._connection.on_network_thread():
             raise BusError(
@@ -352,7 +365,10 @@ class Bus:
         return stop_hearing
 
     def wait_subscribed(self, timeout_s: float) -> None:
-        """Wait until the broker has granted every subscription. Raises NotConnected."""
+        """Wait until the broker has granted every subscription.
+
+        Raises NotConnected: after ``timeout_s``, or at once when waiting cannot help (a wrong password, no TLS).
+        """
         self._connection.wait_subscribed(timeout_s)
 
     def watch(self, filter: str, callback: Callable[[str, bytes], None]) -> None:
@@ -370,14 +386,25 @@ class Bus:
         self._dispatch.ledger.new_connection()
         self._publisher.new_connection(granted)
 
-    def _refused(self, _packet_id: int, reason: ReasonCode) -> None:
+    def _refused(self, topic: str, properties: Properties | None, code: int) -> None:
+        """The broker has refused a message of ours; on 3.1.1 it would not say so."""
         self._acknowledged()
         self.counters.add("refused.publish")
-        self.events.report(
-            "publish-refused",
-            "error",
-            f"{self.source}: the broker refused a message: {reason}; its ACL lets a name write its own branch only",
+        reason = str(ReasonCode(PacketTypes.PUBACK, identifier=code))
+        error = NotAuthorized(
+            f"publishing on {topic}: the broker refused it: {reason} ({code})",
+            hint=f"its ACL must let {self.username or 'a client without a name'} write {topics.ROOT}/{self.node}/#; "
+            "broker.username and broker.password_file say who this is",
+            topic=topic,
+            field="broker.username",
+            reason=reason,
         )
+        if isinstance(properties, RequestProperties):
+            self._asks.fail(properties.correlation.decode(), error)
+        if topic == self._topic(topics.EVENT, {"service": self.client}):
+            log.error("%s: %s", self.source, error)  # an event that said so would be refused as well
+        else:
+            self.events.report("publish-refused", "error", f"{self.source}: {error}", error=to_wire(error))
 
     def _acknowledged(self) -> None:
         self._publisher.free(1)

@@ -79,6 +79,13 @@ class BrokerConfig(msgspec.Struct, forbid_unknown_fields=True):
         ),
     ] = ""
     port: Annotated[int, Meta(ge=0, le=65_535, description="Port of the embedded broker; 0 takes a free one.")] = 1883
+    protocol: Annotated[
+        str,
+        Meta(
+            pattern=r"^(auto|5|3\.1\.1)$",
+            description="MQTT version: `5`, `3.1.1`, or `auto`: 5, and 3.1.1 where the broker has no 5.",
+        ),
+    ] = "auto"
     username: Annotated[str, Meta(description="Name at the broker. Empty: none.")] = ""
     password_file: Annotated[
         str,
@@ -408,6 +415,13 @@ def _check_services(config: Config, source: _Source) -> None:
 def _check_url(config: Config, source: _Source) -> None:
     url = config.broker.url
     if not url:
+        if config.broker.protocol == "3.1.1":
+            raise source.error(
+                "broker.protocol",
+                "broker.protocol is 3.1.1, and the embedded broker (broker.url is empty) speaks MQTT 5",
+                hint="leave broker.protocol out",
+                reason="not spoken there",
+            )
         return
     parts = urlsplit(url)
     try:

@@ -19,15 +19,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edge import connect_faults
+from edge.connect_faults import Fault
 from edge.counters import Counters, Events
-from edge.mqtt_client import FastClient
-from protocol.errors import NotConnected
+from edge.mqtt_client import FastClient, Owner
+from edge.mqtt_version import AUTO, MQTT_3_1_1, MQTT_5, VersionChoice
+from protocol.errors import ConfigError, NotConnected
 from protocol.topics import MAX_PACKET_BYTES
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ KEEPALIVE_S = 15
 SESSION_EXPIRY_S = 7 * 24 * 3600
 """A broker keeps a durable session's messages for a week; the log repairs what it did not keep."""
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 10.0
+PATIENT_MIN_S, PATIENT_MAX_S = 2.0, 30.0
+"""Between tries when only a person can mend it: a wrong password tried often looks like an attack."""
+SUBSCRIBE_AGAIN_S = 10.0
 NETWORK_TURN_S = 1.0
 """paho's network thread turns at least this often while it is connected."""
 
@@ -49,8 +54,8 @@ class Listener:
     whether the broker had kept it for whoever subscribes."""
     on_acknowledged: Callable[[], None]
     """A PUBACK of success."""
-    on_refused: Callable[[int, ReasonCode], None]
-    """A PUBACK of failure, with the packet id that publish() gave."""
+    on_refused: Callable[[str, Properties | None, int], None]
+    """A PUBACK of failure: topic and properties of what was published, and the reason code."""
     on_up: Callable[[int], None]
     """A new connection stands; with how many publishes under way the broker grants. Before ``connected`` is set."""
     on_subscribing: Callable[[], None]
@@ -71,10 +76,12 @@ class Connection:
         username, password: for the broker; empty for none.
         ca_file: CA certificates for ``mqtts``; empty for the system's.
         receive_maximum: how many QoS 1 messages the broker may send without an acknowledgement.
-        durable: the broker keeps the session while the client is away.
+        durable: the broker keeps the session while the client is away; on MQTT 5 only.
+        protocol: ``auto``, ``5`` or ``3.1.1``: see edge.mqtt_version.
 
     Raises:
         NotConnected: the URL is none.
+        ConfigError: the CA file holds no certificates.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Connection:
         ca_file: str,
         receive_maximum: int,
         durable: bool,
+        protocol: str,
         counters: Counters,
         events: Events,
         listener: Listener,
@@ -96,8 +104,8 @@ class Connection:
         self.source = source
         self.count = 0
         """Connections made so far."""
-        self.refusal = ""
-        """Why the broker refused the last connection or subscription; empty when it did not."""
+        self.fault: Fault | None = None
+        """Why there is no connection, or not every subscription; None when all is well."""
         self.connected = threading.Event()
         self.subscribed = threading.Event()
         self.stopping = False
@@ -106,15 +114,33 @@ class Connection:
         self._counters = counters
         self._events = events
         self._listener = listener
-        self._unsubscribed: set[int] = set()
+        self._client_id = client_id
+        self._username = username
+        self._ca_file = ca_file
+        self._version = VersionChoice(protocol)
+        self._fell_back = False
+        self._answered = True
+        """Whether the CONNECT under way had a CONNACK."""
+        self._patient = False
+        """Whether connecting is tried less often: only a person can mend it."""
+        self._unsubscribed: dict[int, list[str]] = {}
+        """Packet id to the filters of each SUBSCRIBE without a SUBACK."""
+        self._refused: dict[str, str] = {}
+        """Filters that the broker refused, with its reasons."""
         self._subscribing = threading.Lock()
+        self._news = threading.Condition()
+        """Notified when ``subscribed`` or ``fault`` changes."""
         self.client = FastClient(
-            CallbackAPIVersion.VERSION2,
+            Owner(
+                on_packet=self._guarded(listener.on_packet),
+                on_acknowledged=self._guarded(listener.on_acknowledged),
+                on_refused=self._guarded(listener.on_refused),
+                before_connect=self._before_connect,
+                on_connect_error=self._guarded(self._on_connect_error),
+                on_connack=self._on_connack,
+                on_turn=self._guarded(self._subscribe_again),
+            ),
             client_id=client_id,
-            protocol=paho.MQTTv5,
-            manual_ack=True,
-            on_packet=self._guarded(listener.on_packet),
-            on_acknowledged=self._guarded(listener.on_acknowledged),
         )
         if username:
             self.client.username_pw_set(username, password)
@@ -126,7 +152,14 @@ class Connection:
                 field="broker.url",
             )
         if parts.scheme == "mqtts":
-            self.client.tls_set(ca_certs=ca_file or None, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+            try:
+                self.client.tls_set(ca_certs=ca_file or None, tls_version=ssl.PROTOCOL_TLS_CLIENT)
+            except OSError as error:  # ssl.SSLError is one
+                raise ConfigError(
+                    f"reading the CA certificates in {ca_file}: {error.strerror or error}",
+                    hint="broker.ca_file must hold PEM certificates",
+                    field="broker.ca_file",
+                ) from error
         self._host, self._port = parts.hostname, parts.port or (8883 if parts.scheme == "mqtts" else 1883)
         # Our own window bounds what is under way; paho's would scan all of it at every PUBACK.
         self.client.max_inflight_messages_set(0)
@@ -136,7 +169,6 @@ class Connection:
         self.client.on_connect = self._guarded(self._on_connect)
         self.client.on_disconnect = self._guarded(self._on_disconnect)
         self.client.on_subscribe = self._guarded(self._on_subscribe)
-        self.client.on_publish = self._guarded(self._on_publish)
 
     # --- from any thread ------------------------------------------------------------------------------------
 
@@ -165,14 +197,29 @@ class Connection:
         """Whether the caller runs on the network thread."""
         return threading.current_thread() is self.client._thread
 
+    @property
+    def version(self) -> str:
+        """The MQTT version spoken, or about to be tried: ``5`` or ``3.1.1``."""
+        return self._version.version
+
     def wait_subscribed(self, timeout_s: float) -> None:
-        """Wait until the broker has granted every subscription. Raises NotConnected."""
-        if not self.subscribed.wait(timeout_s):
-            raise NotConnected(
-                f"subscribing {self.source} at {self.url}: {self.refusal or f'no answer in {timeout_s:g} s'}",
-                hint="is the broker running there? `mindstream doctor` looks",
-                reason=self.refusal or "unreachable",
-            )
+        """Wait until the broker has granted every subscription.
+
+        Raises NotConnected: after ``timeout_s``, or at once when waiting cannot help.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self.subscribed.is_set() or (self.fault and self.fault.lasting), timeout_s)
+        fault = self.fault
+        if self.subscribed.is_set():
+            return
+        if fault is None:
+            fault = Fault(f"no answer in {timeout_s:g} s", "unreachable")
+        raise NotConnected(
+            f"connecting {self.source} to {self.url}: {fault.text}",
+            hint=fault.hint,
+            field=fault.field,
+            reason=fault.reason,
+        )
 
     def subscribe(self, filters: list[str]) -> None:
         """Subscribe to more, when connected; what is heard already is subscribed with each new connection."""
@@ -181,12 +228,14 @@ class Connection:
         # The answer may come before the packet's id is noted: _on_subscribe waits for it.
         with self._subscribing:
             self.subscribed.clear()
-            result, packet_id = self.client.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
+            result, packet_id = self.client.subscribe([(filter, 1) for filter in filters])
             if result == MQTTErrorCode.MQTT_ERR_SUCCESS and packet_id is not None:
-                self._unsubscribed.add(packet_id)
+                self._unsubscribed[packet_id] = filters
 
     def unsubscribe(self, filter: str) -> None:
         """End a subscription, when connected."""
+        with self._subscribing:
+            self._refused.pop(filter, None)
         if self.connected.is_set():
             self.client.unsubscribe(filter)
 
@@ -223,6 +272,31 @@ class Connection:
 
         return call
 
+    def _before_connect(self) -> MQTTProtocolVersion:
+        self._answered = False
+        return _PAHO_VERSIONS[self._version.version]
+
+    def _on_connect_error(self, error: OSError) -> None:
+        self._answered = True  # nobody closes it without a word: it never was
+        self._set_fault(connect_faults.of_error(error, self.url, self._ca_file))
+
+    def _on_connack(self, code: int) -> bool:
+        """Whether to go on with this connection."""
+        self._answered = True
+        if code in (_UNSUPPORTED_VERSION_3, _UNSUPPORTED_VERSION_5):
+            tried = self._version.version
+            self.client.hurry = self._version.refused()
+            if not self.client.hurry:
+                self._set_fault(self._refused_by_connack(_UNSUPPORTED_VERSION_5, "Unsupported protocol version", tried))
+            return False
+        if code == 0 and not self._version.accepted():
+            self.client.hurry = True
+            return False
+        return True
+
+    def _refused_by_connack(self, code: int, text: str, version: str) -> Fault:
+        return connect_faults.of_connack(code, text, self.url, self._client_id, self._username, version)
+
     def _on_connect(
         self,
         _client: paho.Client,
@@ -232,26 +306,57 @@ class Connection:
         properties: Properties | None,
     ) -> None:
         if reason.is_failure:
-            self.refusal = f"the broker refused: {reason}"
-            log.warning("connecting %s to %s: %s", self.source, self.url, self.refusal)
+            self._set_fault(self._refused_by_connack(reason.value, str(reason), self._version.version))
             return
-        self.refusal = ""
+        self._set_fault(None)
         self.count += 1
         self._listener.on_up(getattr(properties, "ReceiveMaximum", 65_535) if properties is not None else 65_535)
         with self._subscribing:
             self._unsubscribed.clear()
+            self._refused.clear()
         self.client.turned_s = time.monotonic()
         self.connected.set()
         if self.count > 1:
             self._counters.add("reconnected")
-            if self._durable and not flags.session_present:
-                self._events.report(
-                    "session-lost",
-                    "warning",
-                    f"{self.source}: the broker had forgotten this client's session; what came meanwhile is asked for",
-                )
+        self._say_version()
+        if self.count > 1 and self._durable and not flags.session_present:
+            self._counters.add("sessions_lost")
+            self._events.report(
+                "session-lost",
+                "warning",
+                f"{self.source}: the broker kept no session of this client: what was sent to it since the connection "
+                f"broke is lost there; memories are fetched from those who have them, asks are asked again",
+            )
         self.subscribe(self._listener.filters())
         self._listener.on_subscribing()
+
+    def _say_version(self) -> None:
+        fell_back = self._version.version == MQTT_3_1_1 and self._version.setting == AUTO
+        if fell_back and not self._fell_back:
+            self._counters.add("fallback.mqtt_3_1_1")
+            text = (
+                f"{self.source}: the broker at {self.url} has no MQTT 5; going on with 3.1.1, where it keeps nothing "
+                f"for a client that is away and does not say what its ACL refuses"
+            )
+            if self._durable:
+                self._events.report("protocol-fallback", "warning", text)
+            else:
+                log.info("%s", text)  # a passing client tells nobody what the services have said
+        elif self._fell_back and not fell_back:
+            self._events.report("protocol-restored", "info", f"{self.source}: the broker at {self.url} has MQTT 5 now")
+        self._fell_back = fell_back
+
+    def _set_fault(self, fault: Fault | None) -> None:
+        """Note it, say it when it is news, and be patient while only a person can mend it."""
+        if fault is not None and fault != self.fault:
+            log.warning("connecting %s to %s: %s (%s)", self.source, self.url, fault.text, fault.hint)
+        with self._news:
+            self.fault = fault
+            self._news.notify_all()
+        if (patient := fault is not None and fault.lasting) != self._patient:
+            self._patient = patient
+            least_s, most_s = (PATIENT_MIN_S, PATIENT_MAX_S) if patient else (RECONNECT_MIN_S, RECONNECT_MAX_S)
+            self.client.reconnect_delay_set(least_s, most_s)  # type: ignore[arg-type]
 
     def _on_disconnect(
         self,
@@ -261,34 +366,58 @@ class Connection:
         reason: ReasonCode,
         _properties: Properties | None,
     ) -> None:
+        was_connected = self.connected.is_set()
         self.connected.clear()
         self.subscribed.clear()
+        self.client.wake_at_s = math.inf
         self._listener.on_down()
-        if not self.stopping:
+        if self.stopping:
+            return
+        if was_connected:
+            self._version.lost()
             self._counters.add("disconnected")
             log.warning("%s lost its connection to %s: %s", self.source, self.url, reason)
+        elif not self._answered:
+            self._closed_without_an_answer()
+
+    def _closed_without_an_answer(self) -> None:
+        began = self.client.began
+        if began[:1] == _CONNACK:
+            self.client.hurry = self._version.refused()  # an answer in another version's form, which paho cannot read
+            return
+        self._version.closed()
+        self._set_fault(connect_faults.of_silence(self.url, began))
 
     def _on_subscribe(
         self, _client: paho.Client, _data: Any, packet_id: int, reasons: list[ReasonCode], _properties: Any
     ) -> None:
-        refused = [str(reason) for reason in reasons if reason.is_failure]
-        if refused:
-            self.refusal = f"the broker refused a subscription: {', '.join(refused)}"
-            self._counters.add("refused.subscription", len(refused))
-            self._events.report("subscription-refused", "error", f"{self.source}: {self.refusal}")
         with self._subscribing:
-            self._unsubscribed.discard(packet_id)
-            if not self._unsubscribed and not refused:
+            filters = self._unsubscribed.pop(packet_id, [])
+            refused = {
+                filter: str(reason) for filter, reason in zip(filters, reasons, strict=False) if reason.is_failure
+            }
+            for filter in filters:
+                self._refused.pop(filter, None)
+            self._refused.update(refused)
+            all_refused = dict(self._refused)
+            if not self._unsubscribed and not all_refused:
                 self.subscribed.set()
+        if refused:
+            self._counters.add("refused.subscription", len(refused))
+            fault = connect_faults.of_subscriptions(all_refused, self._username)
+            if fault != self.fault:
+                self._events.report("subscription-refused", "error", f"{self.source}: {fault.text}; {fault.hint}")
+            self.client.wake_at_s = time.monotonic() + SUBSCRIBE_AGAIN_S
+            self._set_fault(fault)
+        elif not all_refused:
+            self._set_fault(None)
 
-    def _on_publish(
-        self, _client: paho.Client, _data: Any, packet_id: int, reason: ReasonCode, _properties: Any
-    ) -> None:
-        """A PUBACK that says more than that all is well."""
-        if reason.is_failure:
-            self._listener.on_refused(packet_id, reason)
-        else:
-            self._listener.on_acknowledged()
+    def _subscribe_again(self) -> None:
+        """Ask once more for what the broker refused: someone may have mended its ACL."""
+        with self._subscribing:
+            filters = sorted(self._refused)
+        if filters:
+            self.subscribe(filters)
 
 
 def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
@@ -296,4 +425,7 @@ def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+_PAHO_VERSIONS = {MQTT_5: MQTTProtocolVersion.MQTTv5, MQTT_3_1_1: MQTTProtocolVersion.MQTTv311}
+_CONNACK = b"\x20"
+_UNSUPPORTED_VERSION_3, _UNSUPPORTED_VERSION_5 = 0x01, 0x84
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)

@@ -10,15 +10,18 @@ These are methods that paho keeps to itself: ``tests/edge/test_mqtt_client.py`` 
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion, _ConnectionState
 from paho.mqtt.exception import MalformedPacket
+from paho.mqtt.properties import Properties
 
 READ_AHEAD_BYTES = 64 * 1024
 _DUP, _QOS_BITS, _QOS_2, _RETAIN = 0x08, 0x06, 0x04, 0x01
@@ -38,6 +41,8 @@ class ReadAhead:
         self._sock = sock
         self._data = b""
         self._at = 0
+        self.began = b""
+        """The first bytes that came."""
 
     def recv(self, size: int) -> bytes:
         """At most ``size`` bytes; raises BlockingIOError when there are none, as the socket does."""
@@ -45,6 +50,7 @@ class ReadAhead:
             if size >= READ_AHEAD_BYTES:
                 return self._sock.recv(size)
             self._data, self._at = self._sock.recv(READ_AHEAD_BYTES), 0
+            self.began = self.began or self._data[:16]
         piece = self._data[self._at : self._at + size]
         self._at += len(piece)
         return piece
@@ -61,46 +67,106 @@ class ReadAhead:
         return getattr(self._sock, name)
 
 
+@dataclass(frozen=True)
+class Owner:
+    """What the client's owner is told and asked, all on the network thread."""
+
+    on_packet: Callable[[str, bytes, int, int | None, bool, bool], None]
+    """A PUBLISH: its topic (empty when it is not UTF-8), payload, packet id (0 for QoS 0), the message expiry in
+    seconds that the broker left, or None, whether the broker says that it was sent before (DUP), and whether it had
+    kept it for whoever subscribes (RETAIN)."""
+    on_acknowledged: Callable[[], None]
+    """A PUBACK of success."""
+    on_refused: Callable[[str, Properties | None, int], None]
+    """A PUBACK of failure: topic and properties of what was published, and the reason code (0x80 and above)."""
+    before_connect: Callable[[], MQTTProtocolVersion]
+    """The version that the next CONNECT speaks."""
+    on_connect_error: Callable[[OSError], None]
+    """No connection came about, or no TLS on it."""
+    on_connack: Callable[[int], bool]
+    """The broker's answer to CONNECT, as it stands in the packet; whether to go on with this connection."""
+    on_turn: Callable[[], None]
+    """Called once after ``wake_at_s``."""
+
+
 class FastClient(paho.Client):
-    """An MQTT 5 client for one ``Bus``.
+    """An MQTT client for one connection of ours: 5 or 3.1.1, which on 3.1.1 always begins a clean session."""
 
-    Args:
-        on_packet: called on the network thread for each PUBLISH with topic (empty when it is not UTF-8), payload,
-            packet id (0 for QoS 0), the message expiry in seconds that the broker left, or None, whether the broker
-            says that it was sent before (DUP), and whether it had kept it for whoever subscribes (RETAIN).
-        on_acknowledged: called on the network thread for each PUBACK of success.
-        kwargs: for paho.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        on_packet: Callable[[str, bytes, int, int | None, bool, bool], None],
-        on_acknowledged: Callable[[], None],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._on_packet = on_packet
-        self._on_acknowledged = on_acknowledged
+    def __init__(self, owner: Owner, *, client_id: str) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTProtocolVersion.MQTTv5, manual_ack=True
+        )
+        self._owner = owner
+        self._on_packet, self._on_acknowledged = owner.on_packet, owner.on_acknowledged
+        self._clean_session = True  # paho reads it for 3.1.1 alone
+        self._ahead: ReadAhead | None = None
         self.turned_s = time.monotonic()
         """When the network thread last went round its loop, ``time.monotonic()``."""
+        self.wake_at_s = math.inf
+        """When ``Owner.on_turn`` is to be called, within a second."""
+        self.hurry = False
+        """The next reconnect does not wait."""
+
+    @property
+    def began(self) -> bytes:
+        """The first bytes that came by the last connection; none of a TLS connection."""
+        return self._ahead.began if self._ahead is not None else b""
+
+    def reconnect(self) -> MQTTErrorCode:
+        self._ahead = None
+        # Whoever packs a PUBLISH holds this lock: none is left that was packed for another version.
+        with self._out_message_mutex:
+            self._protocol = self._owner.before_connect()
+        try:
+            return super().reconnect()
+        except OSError as error:
+            self._owner.on_connect_error(error)
+            raise
 
     def _create_socket(self) -> Any:
         sock: Any = super()._create_socket()  # type: ignore[misc, unused-ignore]
-        return sock if isinstance(sock, ssl.SSLSocket) else ReadAhead(sock)
+        if isinstance(sock, ssl.SSLSocket):
+            return sock
+        self._ahead = ReadAhead(sock)
+        return self._ahead
+
+    def _reconnect_wait(self) -> None:
+        if self.hurry:
+            self.hurry = False
+        else:
+            super()._reconnect_wait()
+
+    def _handle_connack(self) -> MQTTErrorCode:
+        packet = self._in_packet["packet"]
+        if len(packet) >= 2 and not self._owner.on_connack(packet[1]):
+            if packet[1] == 0 and self._sock is not None:
+                self._sock.send(b"\xe0\x00")  # DISCONNECT, so that no will is published
+            return MQTTErrorCode.MQTT_ERR_CONN_REFUSED
+        return super()._handle_connack()
+
+    def _send_publish(self, *args: Any, **kwargs: Any) -> MQTTErrorCode:
+        # paho would send it before the CONNACK too, in a version that may be refused. What waits is sent after it.
+        if self._state != _ConnectionState.MQTT_CS_CONNECTED:
+            return MQTTErrorCode.MQTT_ERR_NO_CONN
+        return super()._send_publish(*args, **kwargs)
 
     def loop_misc(self) -> MQTTErrorCode:
         self.turned_s = time.monotonic()
+        if self.turned_s >= self.wake_at_s:
+            self.wake_at_s = math.inf
+            self._owner.on_turn()
         return super().loop_misc()
 
     def _handle_publish(self) -> MQTTErrorCode:
         header = self._in_packet["command"]
         packet = self._in_packet["packet"]
         qos_bits = header & _QOS_BITS
-        if self._protocol != paho.MQTTv5 or qos_bits == _QOS_2:
+        if qos_bits & _QOS_2:
             return super()._handle_publish()
         try:
             at = 2 + (packet[0] << 8 | packet[1])
+            if at > len(packet) or (at == 2 and self._protocol != MQTTProtocolVersion.MQTTv5):
+                raise MalformedPacket("a PUBLISH without a topic, or cut in it")
             try:
                 topic = packet[2:at].decode()
             except UnicodeDecodeError:
@@ -110,7 +176,9 @@ class FastClient(paho.Client):
                 packet_id = packet[at] << 8 | packet[at + 1]
                 at += 2
             expiry_s: int | None = None
-            if packet[at] == 0:
+            if self._protocol != MQTTProtocolVersion.MQTTv5:
+                pass  # 3.1.1 has no properties
+            elif packet[at] == 0:
                 at += 1
             else:
                 length, at = _variable_byte_integer(packet, at)
@@ -126,15 +194,20 @@ class FastClient(paho.Client):
 
     def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
         packet = self._in_packet["packet"]
-        if cmd != "PUBACK" or len(packet) != 2:
+        # Without a reason code all is well (MQTT 5 section 3.4.2.1); what follows the code nobody asks for.
+        if cmd != "PUBACK" or len(packet) < 2 or (len(packet) > 2 and self._protocol != MQTTProtocolVersion.MQTTv5):
             return super()._handle_pubackcomp(cmd)
+        code = packet[2] if len(packet) > 2 else 0
         with self._out_message_mutex:
             message = self._out_messages.pop(packet[0] << 8 | packet[1], None)
             if message is None:
                 return MQTTErrorCode.MQTT_ERR_SUCCESS
             self._inflight_messages -= 1
             message.info._set_as_published()
-        self._on_acknowledged()
+        if code < 0x80:
+            self._on_acknowledged()
+        else:
+            self._owner.on_refused(message.topic, message.properties, code)
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
 

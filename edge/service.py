@@ -164,6 +164,7 @@ class Service:
             username=broker.username,
             password=broker.password(),
             ca_file=broker.ca_file,
+            protocol=broker.protocol,
             queue_messages=self.config.bus.queue_messages,
             durable_session=durable,
             will=will,

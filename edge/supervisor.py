@@ -207,6 +207,7 @@ class Supervisor:
             username=settings.username,
             password=settings.password(),
             ca_file=settings.ca_file,
+            protocol=settings.protocol,
         )
         self._bus.hear(ServiceState, self._hear_service, node=self.node)
         self._bus.start(timeout_s=None)

@@ -32,8 +32,11 @@ class RequestProperties(Properties):
         correlation: returned in the answer; the request's id.
     """
 
+    correlation: bytes
+
     def __init__(self, expiry_s: int, response_topic: str, correlation: bytes) -> None:
         super().__init__(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "correlation", correlation)
         topic = response_topic.encode()
         body = struct.pack(f"!BIBH{len(topic)}s", _EXPIRY, expiry_s, _RESPONSE_TOPIC, len(topic), topic)
         body += struct.pack(f"!BH{len(correlation)}s", _CORRELATION, len(correlation), correlation)

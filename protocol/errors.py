@@ -13,6 +13,7 @@
     │   └── ForkDetected          one origin wrote two entries under one sequence number
     ├── BusError                  the bus did not carry it
     │   ├── NotConnected          no connection to the broker, or none in time
+    │   ├── NotAuthorized         the broker does not let this name say it
     │   ├── AskExpired            the time to live ran out before an answer came
     │   └── Overloaded            a bounded queue was full
     ├── BrokerError               the broker could not be started or found
@@ -121,6 +122,10 @@ class BusError(MindstreamError):
 
 class NotConnected(BusError):
     code = "not_connected"
+
+
+class NotAuthorized(BusError):
+    code = "not_authorized"
 
 
 class AskExpired(BusError):

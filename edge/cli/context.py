@@ -118,6 +118,7 @@ def connected(config: Config, *, wait: bool = True) -> Iterator[Bus]:
         username=config.broker.username,
         password=config.broker.password(),
         ca_file=config.broker.ca_file,
+        protocol=config.broker.protocol,
         queue_messages=config.bus.queue_messages,
     )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ from protocol.messages import (
 )
 
 FOREVER = threading.Event()
+make_bus = functools.partial(Bus, protocol=os.environ.get("BUS_CHILD_PROTOCOL", "auto"))
 
 
 def say(line: str) -> None:
@@ -35,7 +37,7 @@ def say(line: str) -> None:
 
 def hear_events(url: str, *, hold: bool) -> Bus:
     """A durable session that hears events; with ``hold`` its handler never ends."""
-    bus = Bus(url=url, node="sprout", client="listener", durable_session=True)
+    bus = make_bus(url=url, node="sprout", client="listener", durable_session=True)
 
     def heard(message: Any) -> None:
         say(f"heard {message.data.text}")
@@ -48,7 +50,7 @@ def hear_events(url: str, *, hold: bool) -> Bus:
 
 def hear_and_die(url: str, folder: Path) -> Bus:
     """A durable session whose handler ends the process when it hears "poison"."""
-    bus = Bus(url=url, node="sprout", client="listener", durable_session=True)
+    bus = make_bus(url=url, node="sprout", client="listener", durable_session=True)
 
     def heard(message: Any) -> None:
         say(f"heard {message.data.text}")
@@ -62,7 +64,7 @@ def hear_and_die(url: str, folder: Path) -> Bus:
 
 def durable(url: str, folder: Path, *, hold: bool) -> Bus:
     """Answers generate asks from a journal; with ``hold`` it takes them on and never ends."""
-    bus = Bus(url=url, node="sprout", client="model_runner", durable_session=True)
+    bus = make_bus(url=url, node="sprout", client="model_runner", durable_session=True)
 
     def generate(message: Any) -> Deferred:
         say(f"generate {message.data.conversation}")
@@ -79,7 +81,7 @@ def durable(url: str, folder: Path, *, hold: bool) -> Bus:
 
 
 def answer_puts(url: str) -> Bus:
-    bus = Bus(url=url, node="sprout", client="memory_store", queue_messages=200)
+    bus = make_bus(url=url, node="sprout", client="memory_store", queue_messages=200)
 
     def put(message: Any) -> MemoryStored:
         return MemoryStored(id=message.id, node="sprout", scope="everyone", log_id="log", seq=1)
@@ -93,8 +95,8 @@ def answer_puts(url: str) -> Bus:
 
 def hold_blobs(url: str, folder: Path) -> Bus:
     """Answers pulls of the snapshots in ``folder``."""
-    bus = Bus(url=url, node="tomato", client="model_runner", durable_session=True)
-    blob_bus = Bus(url=url, node="tomato", client="model_runner-blobs")
+    bus = make_bus(url=url, node="tomato", client="model_runner", durable_session=True)
+    blob_bus = make_bus(url=url, node="tomato", client="model_runner-blobs")
     blob_bus.start()
     store = SnapshotStore(folder / "store")
     keyring = Keyring({"tomato": (folder / "fingerprint").read_text()})
@@ -108,8 +110,8 @@ def pull_blobs(url: str, folder: Path, holder_folder: Path, identifier: str) -> 
     keyring = Keyring({"tomato": (holder_folder / "fingerprint").read_text()})
     signed = SnapshotStore(holder_folder / "store").manifest(identifier)
     store = SnapshotStore(folder)
-    bus = Bus(url=url, node="sprout", client="model_runner")
-    blob_bus = Bus(url=url, node="sprout", client="model_runner-blobs")
+    bus = make_bus(url=url, node="sprout", client="model_runner")
+    blob_bus = make_bus(url=url, node="sprout", client="model_runner-blobs")
     bus.start()
     blob_bus.start()
     receiver = BlobReceiver(bus, blob_bus, store, on_progress=lambda here, total: say(f"here {here} of {total}"))
@@ -127,7 +129,7 @@ def main(mode: str, url: str, *rest: str) -> None:
         return
     if mode == "will":
         lost = ServiceState(state="lost", time_us=0, reason="its connection broke")
-        bus = Bus(url=url, node="sprout", client="listener", will=(lost, {"service": "listener"}))
+        bus = make_bus(url=url, node="sprout", client="listener", will=(lost, {"service": "listener"}))
     elif mode in ("hear", "hear-and-hold"):
         bus = hear_events(url, hold=mode == "hear-and-hold")
     elif mode == "hear-and-die":
