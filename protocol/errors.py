@@ -20,6 +20,7 @@
     ├── ConfigError               mindstream.toml or an override is wrong
     ├── StorageError              the disk or the database refused
     ├── BlobError                 a blob is missing, cut or damaged
+    ├── DownloadError             a file could not be fetched, or is not the one expected
     ├── ModelError                the model runner cannot do what was asked
     │   ├── ModelUnavailable      no such model here, or its packages are absent
     │   ├── ContextOverflow       more tokens than the model's context
@@ -150,6 +151,10 @@ class StorageError(MindstreamError):
 
 class BlobError(MindstreamError):
     code = "blob"
+
+
+class DownloadError(MindstreamError):
+    code = "download"
 
 
 class ModelError(MindstreamError):

