@@ -121,8 +121,8 @@ def retained_filters(node: str) -> list[str]:
 
 
 def rules_of(text: str) -> list[str]:
-    """The rules of an ACL file in force for every name, without comments and single users."""
-    return [line.strip() for line in text.splitlines() if line.startswith("pattern ")]
+    """The rules of an ACL file, without comments; each names what it is for, so their order does not count."""
+    return [line.strip() for line in text.splitlines() if line.startswith(("pattern ", "topic "))]
 
 
 def roles_of(text: str) -> Mapping[str, tuple[str, tuple[str, ...]]]:

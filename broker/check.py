@@ -257,23 +257,26 @@ def _rights(parsed: Parsed) -> Iterator[Finding]:
             "no acl_file: every name may write what any other says",
             f"acl_file, as `{_RENDER}` writes it",
         )
-    elif missing := [each for each in rules_of(render_acl()) if each not in rules_of(text["acl_file"])]:
-        yield Finding(
-            "rights",
-            WARNING,
-            f"{len(missing)} rules of the topic table are not in {parsed.options['acl_file']}: {missing[0]}, …",
-            f"{_RENDER} again writes them",
-        )
+    users = {}
+    try:
+        users = read_users(text["password_file"], text["acl_file"])
+    except BrokerError as error:
+        yield Finding("users", FAILED, error.message, error.hint)
     else:
-        yield Finding("rights", OK, "as the topic table says")
-    if "password_file" in parsed.options:
-        try:
-            users = read_users(text["password_file"])
-        except BrokerError as error:
-            yield Finding("users", FAILED, error.message, error.hint)
+        if "password_file" in parsed.options and not users:
+            yield Finding("users", WARNING, "nobody may connect", "mindstream broker user add NAME")
+    if "acl_file" in parsed.options:
+        wanted = rules_of(render_acl(users.values()))
+        missing = [each for each in wanted if each not in rules_of(text["acl_file"])]
+        if missing:
+            yield Finding(
+                "rights",
+                WARNING,
+                f"{parsed.options['acl_file']} lacks {len(missing)} rules of the topic table: {missing[0]}, …",
+                f"{_RENDER} again writes them",
+            )
         else:
-            some = "" if users else "mindstream broker user add NAME"
-            yield Finding("users", OK if users else WARNING, f"{len(users)} names may connect", some)
+            yield Finding("rights", OK, f"as the topic table says, for {len(users)} names")
 
 
 def _certificates(parsed: Parsed) -> Iterator[Finding]:

@@ -32,10 +32,9 @@ class BrokerFolder:
         self._acl = self.folder / ACL_NAME
 
     def users(self) -> dict[str, User]:
-        """The names that may connect. Raises BrokerError when the password file is malformed."""
-        with storage_errors(f"reading the users in {self.folder}"):
-            texts = [path.read_text() if path.exists() else "" for path in (self._passwords, self._acl)]
-        return read_users(*texts)
+        """The names that may connect. Raises NotFound without a configuration, BrokerError for a malformed one."""
+        self._account()
+        return self._users()
 
     def write(self, setup: Setup) -> None:
         """Write mosquitto.conf, and the rights of the users that are there already."""
@@ -45,7 +44,7 @@ class BrokerFolder:
             if not setup.data_folder.exists():
                 setup.data_folder.mkdir(parents=True, mode=0o700)
                 _give(setup.data_folder, account)
-        self._save(self.users(), account)
+        self._save(self._users(), account)
         self._put(self.config_path, render(setup), account)
         write_atomically(self.folder / DROP_IN_NAME, drop_in(self.config_path).encode(), mode=0o644)
 
@@ -80,16 +79,28 @@ class BrokerFolder:
         self._put(self._acl, render_acl(listed), account)
         self._put(self._passwords, render_passwords(listed), account)
 
+    def _users(self) -> dict[str, User]:
+        with storage_errors(f"reading the users in {self.folder}"):
+            texts = [path.read_text() if path.exists() else "" for path in (self._passwords, self._acl)]
+        return read_users(*texts)
+
     def _account(self) -> pwd.struct_passwd:
         """Who owns the files now: the user that Mosquitto runs as."""
-        with storage_errors(f"looking at {self.folder}"):
+        try:
             known = next((path for path in (self._passwords, self.config_path) if path.exists()), None)
-            if known is None:
-                raise NotFound(
-                    f"looking for a broker's configuration in {self.folder}: there is none",
-                    hint="mindstream broker render device --out FOLDER",
-                )
-            return pwd.getpwuid(known.stat().st_uid)
+            if known is not None:
+                known.open("rb").close()
+                return pwd.getpwuid(known.stat().st_uid)
+        except PermissionError as error:
+            raise BrokerError(
+                f"looking at the broker's configuration in {self.folder}: {error.strerror}",
+                hint="it belongs to Mosquitto's user: type it with sudo",
+                reason=error.strerror or "",
+            ) from error
+        raise NotFound(
+            f"looking for a broker's configuration in {self.folder}: there is none",
+            hint="mindstream broker render device --out FOLDER, or name its --folder",
+        )
 
     def _put(self, path: Path, text: str, account: pwd.struct_passwd) -> None:
         write_atomically(path, text.encode(), mode=0o600, owner=_owner(account))

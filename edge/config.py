@@ -92,6 +92,13 @@ class BrokerConfig(msgspec.Struct, forbid_unknown_fields=True):
         Meta(description="File with the password. Empty: systemd's credential `broker-password` if there is one."),
     ] = ""
     ca_file: Annotated[str, Meta(description="CA certificates for `mqtts://`. Empty: the system's.")] = ""
+    config_file: Annotated[
+        str,
+        Meta(
+            description="The mosquitto.conf of a broker on this machine, for `mindstream doctor` to check. Empty: "
+            "`/etc/mosquitto/mindstream/mosquitto.conf` if there is one."
+        ),
+    ] = ""
 
     def password(self) -> str:
         """The password, read from its file. Raises ConfigError."""
@@ -219,7 +226,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 }
 
 
-PATH_KEYS = ("node.data_dir", "broker.password_file", "broker.ca_file", "model.folders")
+PATH_KEYS = ("node.data_dir", "broker.password_file", "broker.ca_file", "broker.config_file", "model.folders")
 """Keys that hold paths: relative ones are taken from the folder of the file that they stand in."""
 
 

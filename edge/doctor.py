@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from broker import check as broker_check
 from broker.base import answers_connect
 from edge.clock_sync import read_clock_synced
 from edge.config import Config, find_config, load_config
@@ -27,7 +28,7 @@ from edge.node_lock import running_in
 from edge.process import free_bytes
 from edge.service_table import SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
-from protocol.errors import MindstreamError, NotConnected
+from protocol.errors import BrokerError, MindstreamError, NotConnected
 from protocol.identity import fingerprint_of
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -185,6 +186,25 @@ def _configured_broker(config: Config) -> Check:
     return Check("broker", OK, f"{settings.url} answered in {took_ms:.0f} ms (MQTT {bus.protocol})")
 
 
+def _broker_configuration(config: Config) -> Check:
+    name = "broker configuration"
+    path = Path(config.broker.config_file) if config.broker.config_file else broker_check.installed_config()
+    if path is None:
+        found = "the embedded broker needs none" if not config.broker.url else "none of ours on this machine"
+        return Check(name, OK, found, "" if not config.broker.url else "mindstream broker render device, or hub")
+    try:
+        findings = broker_check.check(path)
+    except BrokerError as error:
+        return Check(name, WARNING, error.message, error.hint)
+    worst = broker_check.worst(findings)
+    if worst == OK:
+        return Check(name, OK, f"{path}: nothing is wrong")
+    first = next(each for each in findings if each.verdict == worst)
+    more = sum(each.verdict != OK for each in findings) - 1
+    also = f", and {more} more: `mindstream broker check {path}`" if more else ""
+    return Check(name, worst, f"{path}: {first.name}: {first.found}{also}", first.next_step)
+
+
 def _keys(config: Config) -> Check:
     from edge.keys import Peers, load_or_create_identity
 
@@ -232,6 +252,7 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "node": _node,
     "units": _units,
     "broker": _broker,
+    "broker configuration": _broker_configuration,
     "model": _model,
     "machine": _hardware,
     "clock": _clock,

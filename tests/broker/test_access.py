@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from broker import access
 from broker.access import User, read_filters, render_acl, roles_of, rules_of, write_filters
 from broker.passwords import hash_password, read_users, render_passwords
 from protocol.errors import BrokerError
-from protocol.topics import STATE, TOPICS, Topic
+from protocol.topics import TOPICS, Topic
 from tests.support.mosquittos import NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, Refused, wait_until
 
 SOMETHING = {"target": "tomato", "asker": "tomato"}
@@ -22,13 +21,6 @@ def concrete(row: Topic, node: str) -> str:
     names = {name: SOMETHING.get(name, "x1") for name in row.params}
     levels = [level.format(**{**names, "node": node}) if "{" in level else level for level in row.levels]
     return "/".join(levels)
-
-
-def outside_row(*levels: str) -> Topic:
-    """A row below another root than ours, as discovery's is."""
-    row = replace(STATE, name="outside")
-    object.__setattr__(row, "levels", levels)
-    return row
 
 
 def test_every_row_is_written_by_its_owner_alone_and_reaches_whom_it_is_for(device: Mosquitto) -> None:
@@ -71,8 +63,8 @@ def test_a_row_with_the_name_inside_a_level_is_written_by_that_name_alone(
     device: Mosquitto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = (
-        outside_row("homeassistant", "device", "other-{node}", "config"),
-        outside_row("homeassistant", "device", "{node}", "other", "config"),
+        Topic("inside", "device/other-{node}/config", "", 1024, root="homeassistant"),
+        Topic("whole", "device/{node}/other/config", "", 1024, root="homeassistant"),
     )
     monkeypatch.setattr(access, "TOPICS", (*TOPICS, *rows))
     device.folder.add("late", PASSWORD)  # writes the rights anew
