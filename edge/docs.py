@@ -1,9 +1,9 @@
 """The pages of docs/ that are made from the code: ``python -m edge.docs`` writes them, ``--check`` compares.
 
-``configuration.md`` from the structs of edge/config.py, ``cli.md`` from the commands, ``protocol.md`` and
-``asyncapi.yaml`` (edge/docs_wire.py) from the topic and message tables and the docstrings of their fields; into
-``clients.md``, which people write, go the example clients. Nothing else is touched. With ``--check`` it exits 1 and
-shows what differs when a page is not what the code says.
+``configuration.md`` from the structs of edge/config.py, ``cli.md`` from the commands, ``protocol.md``
+(edge/docs_protocol.py) and ``asyncapi.yaml`` (edge/docs_wire.py) from the topic and message tables and the docstrings
+of their fields; into ``clients.md``, which people write, go the example clients. Nothing else is touched. With
+``--check`` it exits 1 and shows what differs when a page is not what the code says.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from msgspec import Meta
 from edge.cli.app import app
 from edge.cli.context import EXIT_CODES
 from edge.config import ENV_OTHER, PATH_KEYS, SECTIONS
+from edge.docs_protocol import protocol_page
 from edge.docs_text import GENERATED, plain, sentence, table
-from edge.docs_wire import asyncapi_file, clients_page, protocol_page
+from edge.docs_wire import asyncapi_file, clients_page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

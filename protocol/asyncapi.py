@@ -143,6 +143,7 @@ def _channel(row: MessageRow) -> dict[str, Any]:
             if f"{{{name}}}" in address
         },
         "x-max-bytes": row.topic.max_bytes,
+        **({"x-at-least-every-s": row.topic.every_s} if row.topic.every_s else {}),
         "x-subscribe": _filter(row.topic, row),
     }
 

@@ -15,7 +15,8 @@ function uuid7() { // RFC 9562: milliseconds, version, variant, random bits
 
 function ask(service, verb, type, data) {
   const id = uuid7();
-  const envelope = { v: 1, id, type, source: `${me}/${name}`, time_us: Date.now() * 1000, reply_to: name, ttl_ms: ttl_s * 1000, data };
+  const envelope = { v: 1, id, type, source: `${me}/${name}`, time_us: Date.now() * 1000, data };
+  Object.assign(envelope, { reply_to: name, ttl_ms: ttl_s * 1000 });
   const options = { qos: 1, properties: { messageExpiryInterval: ttl_s } };
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => reject(new Error("no answer")), ttl_s * 1000);

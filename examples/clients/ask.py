@@ -21,13 +21,13 @@ def uuid7():  # RFC 9562: milliseconds, version, variant, random bits
 
 
 def ask(service, verb, type, data):
-    ask = {"v": 1, "id": uuid7(), "type": type, "source": f"{ME}/{CLIENT}", "time_us": time.time_ns() // 1000}
-    ask |= {"reply_to": CLIENT, "ttl_ms": TTL_S * 1000, "data": data}
+    envelope = {"v": 1, "id": uuid7(), "type": type, "source": f"{ME}/{CLIENT}", "time_us": time.time_ns() // 1000}
+    envelope |= {"reply_to": CLIENT, "ttl_ms": TTL_S * 1000, "data": data}
     expiry = Properties(PacketTypes.PUBLISH)
     expiry.MessageExpiryInterval = TTL_S
     topic = f"mindstream/v1/{ME}/ask/{node}/{service}/{verb}"
-    client.publish(topic, msgpack.packb(ask), qos=1, properties=expiry)
-    while (answer := answers.get(timeout=TTL_S))["correlation"] != ask["id"]:
+    client.publish(topic, msgpack.packb(envelope), qos=1, properties=expiry)
+    while (answer := answers.get(timeout=TTL_S))["correlation"] != envelope["id"]:
         pass  # an answer to somebody else, or one that came twice
     if answer["type"] == "error":
         sys.exit(answer["data"]["message"])

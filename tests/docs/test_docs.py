@@ -85,6 +85,14 @@ def test_a_stale_page_is_found_shown_and_mended(
     assert docs.main(["--check"]) == 0
 
 
+def test_the_clients_shown_are_the_clients_that_are_run() -> None:
+    page = (CHECKOUT / "docs" / "clients.md").read_text("utf-8")
+    programs = [path for path in (CHECKOUT / "examples" / "clients").iterdir() if path.suffix in (".py", ".mjs", ".sh")]
+    assert len(programs) >= 5
+    for path in programs:
+        assert f"\n{path.read_text('utf-8')}```\n" in page, path.name
+
+
 def test_every_command_and_option_says_what_it_does() -> None:
     for path, command in docs.commands():
         assert (command.help or "").strip(), path
