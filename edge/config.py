@@ -464,5 +464,10 @@ def _is_loopback(host: str) -> bool:
 
 def _credential(name: str) -> Path | None:
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = Path(folder) / name if folder else None
-    return path if path is not None and path.is_file() else None
+    if not folder:
+        return None
+    path = Path(folder) / name
+    try:
+        return path if path.is_file() else None
+    except OSError:
+        return path  # it is there and may not be looked at: reading it says so

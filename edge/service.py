@@ -45,8 +45,6 @@ EXIT_CONFIG = 78
 STATE_INTERVAL_S = 1.0
 FLOW_COUNTERS = ("handled", "published")
 """These grow with every message, that of the state itself included: alone they are no news."""
-SETUP_LONGEST_S = 600.0
-"""Opening and migrating databases may take so long on an SD card before systemd may lose its patience."""
 WAIT_STEP_S = 5.0
 """While it waits for its broker or its model it asks systemd for more time this often."""
 INIT_LONGEST_S = 3600.0
@@ -179,7 +177,6 @@ class Service:
         """Live until ``stop``. Raises what ``setup`` raises."""
         with storage_errors(f"making the folder {self.context.data_dir}"):
             self.context.data_dir.mkdir(parents=True, exist_ok=True)
-        self._manager.extend_timeout(SETUP_LONGEST_S)
         self.setup()
         journal_db = open_database(self.context.data_dir / "journal.db", schema=JOURNAL)
         journal = CommandJournal(journal_db)

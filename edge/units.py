@@ -28,7 +28,9 @@ that runs on while `current` is switched to another version goes on importing it
 TARGET, TEMPLATE, DROP_IN = "mindstream.target", "mindstream@.service", "10-mindstream.conf"
 WANTS = "mindstream.target.wants"
 CREDENTIALS = Path("/etc/mindstream/credentials")
-START_TIMEOUT_S = 90
+START_TIMEOUT_S = 600
+"""Longer than databases take to open and a model to load. A service that waits longer for its broker asks for more,
+but systemd forgets that at a daemon-reload and counts from the start again (252: service_coldplug_timeout)."""
 WATCHDOG_S = 60
 
 _TARGET = """\
@@ -72,7 +74,7 @@ CacheDirectoryMode=0750
 LoadCredential=broker-password:{credentials}/broker-password
 SetCredential=broker-password:\\n
 
-# While it waits for its broker or loads a model it asks for more time.
+# Beyond this it asks for more time, while it waits for its broker or loads a model.
 TimeoutStartSec={start_timeout_s}
 TimeoutStopSec=30
 # Fed while the main loop turns, the bus goes on and no thread has ended. SIGABRT leaves all stacks in the journal.
