@@ -26,7 +26,8 @@ from tests.support.unit_manager import UnitManager
 from tests.support.wheelhouse import build_wheelhouse
 
 INSTALL = CHECKOUT / "systemd" / "install.sh"
-MEMORY, SYNC = units.instance("memory_store"), units.instance("sync_bridge")
+ENABLED = ["presence", "memory_store", "sync_bridge"]
+PRESENCE, MEMORY, SYNC = UNITS = [units.instance(name) for name in ENABLED]
 
 pytestmark = pytest.mark.skipif(shutil.which("flock") is None, reason="flock (util-linux) is not installed")
 
@@ -89,7 +90,7 @@ class Device:
         self.config.parent.mkdir(parents=True)
         self.config.write_text(
             f'# mine\n[node]\nname = "sprout"\ndata_dir = "{self.root}/var/lib/mindstream"\n'
-            f'[broker]\nurl = "{broker.url}"\n[services]\nenabled = ["memory_store", "sync_bridge"]\n'
+            f'[broker]\nurl = "{broker.url}"\n[services]\nenabled = {ENABLED[1:]!r}\n'
         )
         self.units = self.root / "etc/systemd/system"
         self.units.mkdir(parents=True)
@@ -135,12 +136,12 @@ def test_the_script_is_plain_sh() -> None:
 def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(device: Device, wheelhouse: Path) -> None:
     assert "is installed" in device.install("--wheelhouse", wheelhouse).stdout
     first = device.current
-    assert device.manager.state(MEMORY) == device.manager.state(SYNC) == "active"
+    assert {device.manager.state(name) for name in UNITS} == {"active"}
     # A configuration that is there is kept, the units are the table's, the program is the version's own.
     assert device.config.read_text().startswith("# mine\n")
-    assert {each.verdict for each in units.check(device.units, wanted=["memory_store", "sync_bridge"])} == {"ok"}
+    assert {each.verdict for each in units.check(device.units, wanted=ENABLED)} == {"ok"}
     program = device.root / "opt/mindstream/versions" / first / "bin/mindstream-service"
-    assert device.manager.started == [(MEMORY, str(program)), (SYNC, str(program))]
+    assert device.manager.started == [(name, str(program)) for name in UNITS]
     assert program.read_text().startswith(f"#!{program.parent}/python")
     with Bus(url=device.broker.url, node="sprout", client="tester") as bus:
         remember(bus, "The key is under the pot.")
@@ -148,12 +149,12 @@ def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(de
     # Again, a unit having been edited by hand: nothing is restarted, the edit is kept beside and said.
     edited = device.units / f"{MEMORY}.d" / units.DROP_IN
     edited.write_text(edited.read_text() + "MemoryMax=3G\n")
-    pids = [device.manager.pid(name) for name in (MEMORY, SYNC)]
+    pids = [device.manager.pid(name) for name in UNITS]
     done = device.install("--wheelhouse", wheelhouse)
     assert "installed already" in done.stdout
     assert f"{edited} had been edited by hand" in done.stdout
     assert edited.with_name(f"{edited.name}.orig").read_text().endswith("MemoryMax=3G\n")
-    assert [device.manager.pid(name) for name in (MEMORY, SYNC)] == pids
+    assert [device.manager.pid(name) for name in UNITS] == pids
 
     done = device.install("uninstall")
     assert "its data stay" in done.stdout
@@ -185,18 +186,18 @@ def test_an_upgrade_over_a_running_node_comes_whole_or_not_at_all(
         assert f"{first} runs again" in done.stderr
         assert device.current == first
         assert device.versions() == {first}
-        assert device.manager.state(MEMORY) == device.manager.state(SYNC) == "active"
+        assert {device.manager.state(name) for name in UNITS} == {"active"}
         assert recalled(bus) == ["The key is under the pot."]
 
         # One that cannot be installed, a package being absent: what runs was not touched.
         lacking = other_version(wheelhouse, tmp_path / "lacking", "9.9.2")
         next(lacking.glob("paho_mqtt-*")).unlink()
-        pids = [device.manager.pid(name) for name in (MEMORY, SYNC)]
+        pids = [device.manager.pid(name) for name in UNITS]
         done = device.install("upgrade", "--wheelhouse", lacking, check=False)
         assert done.returncode == 1
         assert "nothing was changed" in done.stderr
         assert device.versions() == {first}
-        assert [device.manager.pid(name) for name in (MEMORY, SYNC)] == pids
+        assert [device.manager.pid(name) for name in UNITS] == pids
 
         # A good one, while the sync bridge is stopped by its owner: that it stays.
         subprocess.run([str(device.manager.systemctl), "stop", SYNC], check=True)
@@ -205,7 +206,7 @@ def test_an_upgrade_over_a_running_node_comes_whole_or_not_at_all(
         done = device.install("upgrade", "--wheelhouse", better)
         assert device.current.startswith("9.9.3-")
         assert device.versions() == {first, device.current}
-        assert [name for name, _ in device.manager.started] == [MEMORY]
+        assert [name for name, _ in device.manager.started] == [PRESENCE, MEMORY]
         assert device.manager.state(SYNC) == "inactive"
         assert recalled(bus) == ["The key is under the pot."]
         second = remember(bus, "The pot is by the river.")
