@@ -13,6 +13,7 @@ received message in ``edge.dispatch``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -38,7 +39,7 @@ from protocol import codec, topics
 from protocol.codec import Received
 from protocol.errors import BusError, MindstreamError, NotAuthorized, NotConnected, ProtocolError, UnknownType, to_wire
 from protocol.ids import check_name, uuid7
-from protocol.messages import Event, MessageRow, row_of
+from protocol.messages import Event, row_of
 from protocol.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,11 @@ QUICK_ACK_BELOW = 4
 @lru_cache(maxsize=4096)
 def _topic_of(topic: Topic, names: tuple[tuple[str, str], ...]) -> str:
     return topic.format_topic(**dict(names))
+
+
+@lru_cache(maxsize=16)
+def _under(topic: Topic, root: str) -> Topic:
+    return dataclasses.replace(topic, root=root) if root and root != topic.root else topic
 
 
 class Bus:
@@ -160,7 +166,7 @@ class Bus:
             self._dispatch.thread.join(timeout_s)
         if self._connection.connected.is_set():
             for message, names in goodbye:
-                self._publish(row_of(message), message, names, timeout_s=timeout_s)
+                self.say(message, timeout_s=timeout_s, **names)
             self.flush(timeout_s)
         self._asks.fail_all(NotConnected(f"{self.source} is stopping"))
         self._connection.stop()
@@ -223,14 +229,25 @@ class Bus:
 
     # --- saying -------------------------------------------------------------------------------------------
 
-    def say(self, message: msgspec.Struct, *, timeout_s: float = 30.0, **names: str) -> None:
+    def say(self, message: msgspec.Struct, *, timeout_s: float = 30.0, root: str = "", **names: str) -> None:
         """Publish ``message`` on its topic in this node's branch; ``names`` fill the topic's other levels.
+
+        ``root`` stands in place of the topic's own, for the one whose root is the reader's to choose.
 
         Returns when the client library has it; waits while the window is full, except in a handler, which must
         not: there it goes to a backlog. Raises MessageTooLarge, WrongTopic, or Overloaded when no room came in
         ``timeout_s``.
         """
-        self._publish(row_of(message), message, names, timeout_s=timeout_s)
+        row = row_of(message)
+        topic = self._topic(_under(row.topic, root), names)
+        payload = codec.encode(message, source=self.source, row=row)
+        check_size(topic, payload)
+        self._publisher.send(Packet(topic, payload, row.topic.retain), timeout_s=timeout_s)
+
+    def forget(self, struct: type[msgspec.Struct], *, timeout_s: float = 30.0, root: str = "", **names: str) -> None:
+        """Let the broker forget what it keeps on a retained topic of this node. Raises what say() raises."""
+        topic = self._topic(_under(row_of(struct).topic, root), names)
+        self._publisher.send(Packet(topic, b"", True), timeout_s=timeout_s)
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the broker has acknowledged all that was said; False when it has not in time."""
@@ -317,16 +334,10 @@ class Bus:
         log.log(_LEVELS[event.severity], event.text)
         if self._connection.connected.is_set() and not self._stopping:
             try:
-                self._publish(row_of(event), event, {"service": self.client}, timeout_s=0.0)
+                self.say(event, timeout_s=0.0, service=self.client)
             except MindstreamError as error:
                 self.counters.add("dropped.event")
                 log.warning("an event could not be said: %s", error)
-
-    def _publish(self, row: MessageRow, message: msgspec.Struct, names: dict[str, str], *, timeout_s: float) -> None:
-        topic = self._topic(row.topic, names)
-        payload = codec.encode(message, source=self.source, row=row)
-        check_size(topic, payload)
-        self._publisher.send(Packet(topic, payload, row.topic.retain), timeout_s=timeout_s)
 
     def _topic(self, topic: Topic, names: dict[str, str]) -> str:
         return _topic_of(topic, (("node", self.node), *names.items()))

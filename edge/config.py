@@ -190,6 +190,33 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
     ] = 8
 
 
+class HomeAssistantConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """Home Assistant, where it listens on this node's broker."""
+
+    discovery: Annotated[
+        bool,
+        Meta(description="Declare this node as a device of Home Assistant: one retained message on the node's broker."),
+    ] = True
+    prefix: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$",
+            description="Its discovery prefix. Another one than the default needs an ACL of one's own.",
+        ),
+    ] = "homeassistant"
+
+
+class MetricsConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """Prometheus metrics of this node."""
+
+    port: Annotated[
+        int, Meta(ge=0, le=65_535, description="Local port they are served on; 0: none. 9464 is the usual one.")
+    ] = 0
+    host: Annotated[
+        str, Meta(description="Address they are served on. Of this machine only: what leaves it needs TLS.")
+    ] = "127.0.0.1"
+
+
 class LogConfig(msgspec.Struct, forbid_unknown_fields=True):
     """What is written to the log."""
 
@@ -218,6 +245,8 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     supervisor: SupervisorConfig = msgspec.field(default_factory=SupervisorConfig)
     bus: BusConfig = msgspec.field(default_factory=BusConfig)
     model: ModelConfig = msgspec.field(default_factory=ModelConfig)
+    home_assistant: HomeAssistantConfig = msgspec.field(default_factory=HomeAssistantConfig)
+    metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
 
 
@@ -263,6 +292,13 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] | None = No
     config.node.name = config.node.name or default_node_name()
     _check_services(config, source)
     _check_url(config, source)
+    if not _is_loopback(config.metrics.host):
+        raise source.error(
+            "metrics.host",
+            f"metrics.host {config.metrics.host!r} leaves this machine without TLS",
+            hint='use "127.0.0.1", and a proxy that speaks TLS or a collector on this machine',
+            reason="no TLS",
+        )
     source.resolve_paths(config)
     if config.broker.ca_file and not Path(config.broker.ca_file).is_file():
         raise source.error("broker.ca_file", f"broker.ca_file: there is no file {config.broker.ca_file}")

@@ -13,6 +13,8 @@ EVENT_INTERVAL_S = 1.0
 """Events of one name are at most one in this time; the count says how many there were."""
 
 
+TROUBLES = ("dropped", "refused", "failed", "lost", "expired", "dead")
+"""How the names of counters begin that somebody should know of."""
 MAX_TEXT = 500
 """Characters of an event's text: whatever it quotes, the event fits its topic's limit."""
 

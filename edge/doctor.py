@@ -35,7 +35,19 @@ OK, WARNING, FAILED = "ok", "warning", "failed"
 LOW_FREE_BYTES = 1024**3
 """Snapshots are tens of megabytes each: with less than this a node is soon full."""
 BROKER_TIMEOUT_S = 5.0
-CORE_PACKAGES = ("apsw", "blake3", "cryptography", "iotcore", "msgpack", "msgspec", "paho", "psutil", "rich", "typer")
+CORE_PACKAGES = (
+    "apsw",
+    "blake3",
+    "cryptography",
+    "iotcore",
+    "msgpack",
+    "msgspec",
+    "paho",
+    "prometheus_client",
+    "psutil",
+    "rich",
+    "typer",
+)
 EXTRAS = {
     "model": ("accelerate", "gguf", "numpy", "safetensors", "torch", "transformers"),
     "edge": ("cv2", "numpy", "onnxruntime", "sounddevice"),

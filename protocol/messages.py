@@ -108,7 +108,7 @@ class PresenceHeard(msgspec.Struct):
     speakers: list[Speaker]
 
 
-class HomeAssistantDevice(msgspec.Struct):
+class HomeAssistantDevice(msgspec.Struct, omit_defaults=True):
     """A node's health as a device of Home Assistant: the payload of its device discovery (2024.11 and later), which
     says what the fields mean. Empty and retained: the device is gone."""
 
@@ -120,8 +120,8 @@ class HomeAssistantDevice(msgspec.Struct):
     """Components: one entity each, by a name that is its own within the device."""
     avty: list[dict[str, Any]] = []
     """Where the device's availability is said."""
-    avty_mode: str = "all"
-    qos: int = 1
+    avty_mode: str = "latest"
+    qos: int = 0
 
 
 class Event(msgspec.Struct, omit_defaults=True):

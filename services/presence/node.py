@@ -52,6 +52,8 @@ class OwnServices:
         self.names = tuple(names)
         self._speaks_still = speaks_still
         self._known: dict[str, _Known] = {}
+        self.starts: dict[str, int] = {}
+        """Processes of each service that were seen."""
 
     @property
     def states(self) -> dict[str, ServiceState]:
@@ -67,6 +69,8 @@ class OwnServices:
                 return
             if state.state == "lost" and state.pid and not own_end and known.counts:
                 return  # of an earlier process, after its successor has spoken
+        if state.pid and state.state not in ("failed", *GONE) and (known is None or state.pid != known.state.pid):
+            self.starts[name] = self.starts.get(name, 0) + 1
         self._known[name] = _Known(state, not retained or self._speaks_still(state))
 
     @property

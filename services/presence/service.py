@@ -2,33 +2,56 @@
 
 It hears its node's services and says the node's state, retained, with a will on a connection of its own: who asks the
 broker knows whether the node is there. Before the machine is suspended it says ``sleeping`` and takes that connection
-down in good order; after it, which the clocks show, it says ``ready`` again by itself.
+down in good order; after it, which the clocks show, it says ``ready`` again by itself. It follows who of the others
+is alive, and says who has fallen silent. It declares the node to Home Assistant, and serves metrics for all of its
+services on one local port.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edge.bus import Bus
-from edge.service import Context, Service, hears
+from edge.liveness import Liveness
+from edge.service import STATE_INTERVAL_S, Context, Service, hears
 from edge.text import mindstream_version
 from protocol.codec import Received
 from protocol.errors import MindstreamError
-from protocol.messages import NodeNow, NodeSleep, NodeState, NodeWake, ServiceState
-from protocol.topics import STATE
+from protocol.messages import (
+    HomeAssistantDevice,
+    NodeNow,
+    NodeSleep,
+    NodeState,
+    NodeWake,
+    PresenceHeard,
+    PresenceHeardAsk,
+    ServiceState,
+    Speaker,
+)
+from protocol.topics import HOME_ASSISTANT, STATE
+from services.presence import home_assistant
 from services.presence.node import OwnServices
 from services.presence.suspend import SuspendClock
+
+if TYPE_CHECKING:
+    from services.presence.metrics import MetricsServer, Snapshot
 
 log = logging.getLogger(__name__)
 
 SLEEP_PATIENCE_S = 60.0
 """A node that said ``sleeping`` and has been awake for so long since does not sleep: it says so."""
+STOOD_STILL_S = 5 * STATE_INTERVAL_S
+"""A tick so long after the last: this process stood still and heard nobody, so nobody's silence counts."""
+METRICS_RETRY_S = 10.0
+SKEW_STEP_MS = 100.0
+"""The skew that is shown follows in steps: a state that changed with every message would be said with every message."""
 
 
 class Presence(Service):
@@ -37,9 +60,16 @@ class Presence(Service):
     name = "presence"
     durable_session = False  # states that were said while it was away are no news any more
 
-    def __init__(self, context: Context, suspend_clock: SuspendClock | None = None) -> None:
+    def __init__(
+        self, context: Context, *, suspend_clock: SuspendClock | None = None, liveness: Liveness | None = None
+    ) -> None:
         super().__init__(context)
         self._suspend_clock = suspend_clock or SuspendClock()
+        self._liveness = liveness or Liveness()
+        self._ticked_s = time.monotonic()
+        self._late: tuple[str, ...] = ()
+        """Services of this node that have fallen silent."""
+        self._peers_late = 0
 
     def setup(self) -> None:
         self._own = OwnServices([name for name in self.config.services.names() if name != self.name])
@@ -52,6 +82,17 @@ class Presence(Service):
         self._asleep_since_s = 0.0
         """When it said ``sleeping``, monotonic: 0 while it has not."""
         self._slept_s = 0.0
+        self._skew_ms = 0.0
+        """The largest clock skew among live nodes, as it was shown last."""
+        self._undeclared = True
+        self._metrics: MetricsServer | None = None
+        self._metrics_at_s = 0.0
+        settings = self.config.home_assistant
+        if settings.discovery:
+            self.bus.watch(f"{settings.prefix}/status", self._hear_home_assistant)
+        else:
+            topic = dataclasses.replace(HOME_ASSISTANT, root=settings.prefix).format_topic(node=self.node)
+            self.bus.watch(topic, self._hear_discovery)
 
     def started(self) -> None:
         with self._lock:
@@ -59,6 +100,7 @@ class Presence(Service):
         self._say_node()
 
     def reconnected(self) -> None:
+        self._undeclared = True
         self._say_node()
 
     def tick(self) -> None:
@@ -77,9 +119,46 @@ class Presence(Service):
                         f"{self.node} said that it would sleep, and has been awake for {awake_s:.0f} s since",
                     )
                 self._wake()
+        self._judge_silence()
         self._say_node()
+        if self._undeclared and self.config.home_assistant.discovery:
+            self._declare()
+        if self._metrics is None and self.config.metrics.port and time.monotonic() >= self._metrics_at_s:
+            self._serve_metrics()
+
+    def _judge_silence(self) -> None:
+        """Who has fallen silent, and who is back: said once each."""
+        now_s = time.monotonic()
+        deaf = not self.bus.connected or now_s - self._ticked_s > STOOD_STILL_S
+        self._ticked_s = now_s
+        if deaf:
+            self._liveness.forgive()
+        changes = self._liveness.changes()
+        speakers = self._liveness.speakers()
+        nodes_late = {speaker.node for speaker in speakers if not speaker.service and _is_late(speaker)}
+        texts: dict[tuple[str, str], list[str]] = {}
+        for speaker, change in changes:
+            whose = "service" if speaker.node == self.node else "peer"
+            self.bus.counters.add(f"{whose}.{change}")
+            if speaker.service and speaker.node in nodes_late and whose == "peer":
+                continue  # all of that node is silent, and that is said once
+            name = f"{speaker.node}/{speaker.service}" if speaker.service else speaker.node
+            what = f"has been silent for {speaker.silent_s:.0f} s" if change == "late" else "speaks again"
+            texts.setdefault((whose, change), []).append(f"{name} {what} ({speaker.state})")
+        for (whose, change), names in texts.items():
+            if change != "gone":  # that was said: goodbye, or lost
+                severity = "warning" if change == "late" else "info"
+                self.bus.events.report(f"{whose}-{change}", severity, "; ".join(names), count=len(names))
+        self._late = tuple(speaker.service for speaker in speakers if speaker.node == self.node and _is_late(speaker))
+        self._peers_late = sum(_is_late(each) for each in speakers if each.node != self.node and not each.service)
+        skews = [each.skew_ms for each in speakers if each.liveness == "live" and each.skew_ms is not None]
+        skew_ms = max(skews, key=abs, default=0.0)
+        if abs(skew_ms - self._skew_ms) >= SKEW_STEP_MS:
+            self._skew_ms = skew_ms
 
     def teardown(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
         gone = NodeState(state="disconnected", time_us=_now_us(), fingerprint=self._fingerprint, pid=os.getpid())
         with self._lock:
             bus, self._node_bus = self._node_bus, None
@@ -93,13 +172,20 @@ class Presence(Service):
                 bus.stop(goodbye=[(gone, {})], timeout_s=2.0)
 
     def details(self) -> dict[str, Any]:
-        return {"node": self._node_said.state if self._node_said else "init", "slept_s": round(self._slept_s)}
+        return {
+            "node": self._node_said.state if self._node_said else "init",
+            "peers_late": self._peers_late,
+            "clock_skew_ms": round(self._skew_ms, 1),
+            "slept_s": round(self._slept_s),
+            "metrics": f"{self.config.metrics.host}:{self._metrics.port}" if self._metrics else "",
+        }
 
     # --- what it hears --------------------------------------------------------------------------------------
 
     @hears(ServiceState)
     def service(self, message: Received) -> None:
         """How a service is, of this node or of another."""
+        self._liveness.hear(message)
         if message.node != self.node:
             return
         name = message.topic.names["service"]
@@ -109,7 +195,9 @@ class Presence(Service):
 
     @hears(NodeState)
     def other_node(self, message: Received) -> None:
-        """This node's own words, or those of another that has its name."""
+        """How a node is: another one, this one itself, or another that has its name."""
+        if message.node != self.node:
+            self._liveness.hear(message)
         state: NodeState = message.data
         if (
             message.node == self.node
@@ -125,6 +213,11 @@ class Presence(Service):
                 " another node.name",
             )
 
+    @hears(PresenceHeardAsk)
+    def heard(self, _message: Received) -> PresenceHeard:
+        """Whom this node hears."""
+        return PresenceHeard(self._liveness.speakers())
+
     @hears(NodeSleep)
     def sleep(self, _message: Received) -> NodeNow:
         """Say ``sleeping``, and leave in good order: an end of the connection would be taken for a loss."""
@@ -132,7 +225,7 @@ class Presence(Service):
             bus, self._node_bus = self._node_bus, None
             self._asleep_since_s = time.monotonic()
             if bus is not None:
-                bus.stop(goodbye=[(self._node_state("sleeping"), {})], timeout_s=2.0)
+                bus.stop(goodbye=[(self._node_state("sleeping", _now_us()), {})], timeout_s=2.0)
         log.info("%s sleeps", self.node)
         return NodeNow("sleeping")
 
@@ -150,6 +243,57 @@ class Presence(Service):
             self._node_bus = self._open_node_bus()
         log.info("%s is awake", self.node)
 
+    # --- Home Assistant and metrics -------------------------------------------------------------------------
+
+    def _hear_home_assistant(self, _topic: str, payload: bytes) -> None:
+        """Its birth message: it has started, and may have missed what is not retained."""
+        if payload == b"online":
+            self._undeclared = True
+
+    def _hear_discovery(self, _topic: str, payload: bytes) -> None:
+        """What the broker keeps of this node for Home Assistant, though discovery is switched off: taken back."""
+        if payload:
+            try:
+                self.bus.forget(HomeAssistantDevice, root=self.config.home_assistant.prefix)
+            except MindstreamError as error:
+                log.warning("Home Assistant still knows this node: %s", error)
+
+    def _declare(self) -> None:
+        message = home_assistant.device(self.node, [self.name, *self._own.names], mindstream_version())
+        try:
+            self.bus.say(message, timeout_s=1.0, root=self.config.home_assistant.prefix)
+        except MindstreamError as error:
+            log.warning("Home Assistant was not told of this node: %s", error)
+            return
+        self._undeclared = False
+
+    def _serve_metrics(self) -> None:
+        from services.presence.metrics import MetricsServer
+
+        settings = self.config.metrics
+        try:
+            self._metrics = MetricsServer(settings.host, settings.port, self._look)
+        except MindstreamError as error:
+            self._metrics_at_s = time.monotonic() + METRICS_RETRY_S
+            self.bus.events.report("metrics-port", "warning", str(error))
+            return
+        log.info("metrics at http://%s:%d/metrics", settings.host, self._metrics.port)
+
+    def _look(self) -> Snapshot:
+        """What a scrape shows."""
+        from services.presence.metrics import Snapshot
+
+        with self._lock:
+            state = self._node_said.state if self._node_said else "init"
+            return Snapshot(
+                node=self.node,
+                version=mindstream_version(),
+                state="sleeping" if self._asleep_since_s else state,
+                services=self._own.states,
+                speakers=self._liveness.speakers(),
+                starts=dict(self._own.starts),
+            )
+
     # --- what it says ---------------------------------------------------------------------------------------
 
     def _open_node_bus(self) -> Bus:
@@ -163,15 +307,15 @@ class Presence(Service):
     def _fingerprint(self) -> str:
         return self.context.identity.fingerprint
 
-    def _node_state(self, state: str) -> NodeState:
+    def _node_state(self, state: str, time_us: int = 0) -> NodeState:
         return NodeState(
             state=state,
-            time_us=0,
+            time_us=time_us,
             fingerprint=self._fingerprint,
             version=mindstream_version(),
             services=[self.name, *self._own.running],
             pid=os.getpid(),
-            reason=self._own.reason(),
+            reason=self._own.reason(self._late),
         )
 
     def _say_node(self) -> None:
@@ -197,6 +341,10 @@ class Presence(Service):
             self._node_said, self._node_said_at_s, self._node_stands = state, now_s, state.state
         if became_ready:
             log.info("the node is ready%s", f", but {state.reason}" if state.reason else "")
+
+
+def _is_late(speaker: Speaker) -> bool:
+    return speaker.liveness in ("late", "silent")
 
 
 def _now_us() -> int:

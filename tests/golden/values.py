@@ -212,7 +212,7 @@ VALUES: dict[str, msgspec.Struct] = {
         },
         avty=[{"topic": "mindstream/v1/sprout/state", "value_template": "{{ value_json.state }}"}],
         avty_mode="any",
-        qos=0,
+        qos=1,
     ),
     "service.state": ServiceState(
         state="degraded",
