@@ -399,7 +399,12 @@ class Bus:
 
     def _refused(self, topic: str, properties: Properties | None, code: int) -> None:
         """The broker has refused a message of ours; on 3.1.1 it would not say so."""
-        self._acknowledged()
+        try:
+            self._say_refused(topic, properties, code)
+        finally:
+            self._acknowledged()
+
+    def _say_refused(self, topic: str, properties: Properties | None, code: int) -> None:
         self.counters.add("refused.publish")
         reason = str(ReasonCode(PacketTypes.PUBACK, identifier=code))
         error = NotAuthorized(

@@ -136,11 +136,12 @@ def of_connack(code: int, text: str, url: str, client_id: str, username: str, ve
     return Fault(refused, text, hint="the broker's log says why")
 
 
-def of_silence(url: str, began: bytes) -> Fault:
-    """Why the broker may have closed the connection over a CONNECT, which it did not answer.
+def of_silence(url: str, began: bytes, *, timed_out: bool = False) -> Fault:
+    """Why the broker may have left a CONNECT without an answer.
 
     Args:
         began: the first bytes that came, if any did.
+        timed_out: it was we who closed the connection.
     """
     host, port, tls = _parts(url)
     if not tls and (began.startswith(_TLS_RECORDS) or (not began and speaks_tls(host, port))):
@@ -158,6 +159,13 @@ def of_silence(url: str, began: bytes) -> Fault:
             hint="does broker.url name the broker's port?",
             field="broker.url",
             lasting=True,
+        )
+    if timed_out:
+        return Fault(
+            f"{host}:{port} takes connections and does not answer a CONNECT",
+            "no answer",
+            hint="is it the broker's port, and is the broker overloaded?",
+            field="broker.url",
         )
     wants = "its log says why; it may want a client certificate, which is not supported" if tls else "its log says why"
     return Fault(f"{host}:{port} closes the connection over the first packet", "closed by the broker", hint=wants)

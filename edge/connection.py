@@ -306,6 +306,7 @@ class Connection:
         properties: Properties | None,
     ) -> None:
         if reason.is_failure:
+            self._counters.add("refused.connection")
             self._set_fault(self._refused_by_connack(reason.value, str(reason), self._version.version))
             return
         self._set_fault(None)
@@ -378,15 +379,16 @@ class Connection:
             self._counters.add("disconnected")
             log.warning("%s lost its connection to %s: %s", self.source, self.url, reason)
         elif not self._answered:
-            self._closed_without_an_answer()
+            self._closed_without_an_answer(timed_out=reason.value == _KEEP_ALIVE_TIMEOUT)
 
-    def _closed_without_an_answer(self) -> None:
+    def _closed_without_an_answer(self, *, timed_out: bool) -> None:
         began = self.client.began
         if began[:1] == _CONNACK:
             self.client.hurry = self._version.refused()  # an answer in another version's form, which paho cannot read
             return
-        self._version.closed()
-        self._set_fault(connect_faults.of_silence(self.url, began))
+        if not timed_out:
+            self._version.closed()
+        self._set_fault(connect_faults.of_silence(self.url, began, timed_out=timed_out))
 
     def _on_subscribe(
         self, _client: paho.Client, _data: Any, packet_id: int, reasons: list[ReasonCode], _properties: Any
@@ -428,4 +430,5 @@ def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
 _PAHO_VERSIONS = {MQTT_5: MQTTProtocolVersion.MQTTv5, MQTT_3_1_1: MQTTProtocolVersion.MQTTv311}
 _CONNACK = b"\x20"
 _UNSUPPORTED_VERSION_3, _UNSUPPORTED_VERSION_5 = 0x01, 0x84
+_KEEP_ALIVE_TIMEOUT = 0x8D
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)
