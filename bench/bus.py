@@ -16,12 +16,11 @@ import functools
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
 from bench.report import Figures, Progress, file_system, machine, silent, versions
+from bench.worker import answer, commands, worker
 from broker.base import Broker
 from broker.embedded import EmbeddedBroker
 from broker.mosquitto import MosquittoBroker, find_mosquitto
@@ -46,7 +46,6 @@ BASELINE = (
     "raw paho-mqtt, MQTT 5, QoS 1, the same 200-byte payloads without properties, the same in-flight window, "
     "TCP_NODELAY and TCP_QUICKACK, taking turns with the typed bus"
 )
-_CHECKOUT = Path(__file__).resolve().parent.parent
 _HIGHER_IS_BETTER = {
     "typed_throughput_ratio": True,
     "typed_latency_p99_ratio": False,
@@ -175,54 +174,9 @@ def _scratch() -> Path:
     return folder
 
 
-# --- worker processes: a command a line in, an answer a line out, until the end of input ------------------------
+# --- worker processes ------------------------------------------------------------------------------------------
 
-
-class _Worker:
-    def __init__(self, role: str, process: subprocess.Popen[bytes]) -> None:
-        self.role = role
-        self.process = process
-
-    def write(self, line: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n".encode())
-        self.process.stdin.flush()
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise BusError(
-                f"measuring: the worker {self.role} ended with code {self.process.wait()}",
-                hint="its error stands above",
-                reason="worker ended",
-            )
-        return line.decode().rstrip("\n")
-
-
-@contextlib.contextmanager
-def _worker(role: str, *arguments: str) -> Iterator[_Worker]:
-    command = [sys.executable, "-m", "bench.bus", role, *arguments]
-    with subprocess.Popen(command, cwd=_CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            yield _Worker(role, process)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()  # the end of its input ends it, as does the end of this process
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def _answer(line: object) -> None:
-    print(line, flush=True)
-
-
-def _commands() -> Iterator[tuple[str, int]]:
-    for line in sys.stdin:
-        kind, count = line.split()
-        yield kind, int(count)
+_worker = functools.partial(worker, "bench.bus")
 
 
 class _Counter:
@@ -332,12 +286,12 @@ def _subscribe(url: str) -> None:
     bus.hear(Event, typed, service=TYPED_CLIENT)
     bus.start()
     client = _Raw(url, "raw-subscriber", _TOPIC.format(RAW_CLIENT), raw)
-    _answer("ready")
-    for kind, count in _commands():
+    answer("ready")
+    for kind, count in commands():
         counter = typed if kind == "typed" else raw
         counter.expect(count)
-        _answer("armed")
-        _answer(counter.wait())
+        answer("armed")
+        answer(counter.wait())
     client.stop()
     bus.stop()
 
@@ -347,8 +301,8 @@ def _publish(url: str) -> None:
     bus.start()
     client = _Raw(url, "raw-publisher")
     topic = _TOPIC.format(RAW_CLIENT)
-    _answer("ready")
-    for kind, count in _commands():
+    answer("ready")
+    for kind, count in commands():
         message = _event(0)
         payload = codec.encode(message, source=bus.source)
         began_s = time.monotonic()
@@ -358,7 +312,7 @@ def _publish(url: str) -> None:
         else:
             for _ in range(count):
                 client.publish(topic, payload)
-        _answer(began_s)
+        answer(began_s)
     client.stop()
     bus.stop()
 
@@ -392,9 +346,9 @@ def _latencies(url: str) -> None:
             client.publish(topic, payload)
         return counter.wait() - began_s
 
-    _answer("ready")
-    for kind, count in _commands():
-        _answer(" ".join(f"{once(kind) * 1000:.4f}" for _ in range(count)))
+    answer("ready")
+    for kind, count in commands():
+        answer(" ".join(f"{once(kind) * 1000:.4f}" for _ in range(count)))
     for each in (raw_listener, client, bus, listener):
         each.stop()
 
@@ -406,7 +360,7 @@ def _respond(url: str) -> None:
     with Bus(url=url, node="answers", client="memory_store") as bus:
         bus.hear(MemoryPut, put)
         bus.wait_subscribed(PATIENCE_S)
-        _answer("ready")
+        answer("ready")
         sys.stdin.read()
 
 
@@ -432,7 +386,7 @@ def _store(url: str, folder: str, commit_delay_ms: str) -> None:
 
     def announce() -> None:
         store.bus.wait_subscribed(PATIENCE_S)
-        _answer("ready")
+        answer("ready")
         sys.stdin.read()
         store.stop()
 
@@ -451,7 +405,7 @@ def _put(url: str, name: str, clients: str) -> None:
             buses[number].ask("bench", MemoryPut(text=f"{name} {number} {counts[number]} " + "x" * 80), ttl_ms=30_000)
             counts[number] += 1
 
-    _answer("ready")
+    answer("ready")
     for line in sys.stdin:
         counts[:] = [0] * len(buses)
         began_s = time.monotonic()
@@ -460,7 +414,7 @@ def _put(url: str, name: str, clients: str) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        _answer(sum(counts) / (time.monotonic() - began_s))
+        answer(sum(counts) / (time.monotonic() - began_s))
     for bus in buses:
         bus.stop()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from edge.cli import bench, broker, config, decode, keys, memory, model, models, node, units, watch
+from edge.cli import bench, broker, config, decode, keys, memory, model, models, node, record, units, watch
 from edge.cli.context import settings
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
@@ -53,6 +53,9 @@ app.command()(memory.recall)
 app.command()(model.handoff)
 app.command()(watch.watch)
 app.command()(decode.decode)
+app.command()(record.record)
+app.command()(record.recordings)
+app.command()(record.replay)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(broker.app, name="broker")

@@ -1,0 +1,67 @@
+"""Worker processes of a benchmark: a command a line in, an answer a line out, until the end of input."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from protocol.errors import BusError
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class Worker:
+    """One of them, seen from outside."""
+
+    def __init__(self, role: str, process: subprocess.Popen[bytes]) -> None:
+        self.role = role
+        self.process = process
+
+    def write(self, line: str) -> None:
+        """A command."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
+
+    def read(self) -> str:
+        """Its answer. Raises BusError when it ended."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise BusError(
+                f"measuring: the worker {self.role} ended with code {self.process.wait()}",
+                hint="its error stands above",
+                reason="worker ended",
+            )
+        return line.decode().rstrip("\n")
+
+
+@contextlib.contextmanager
+def worker(module: str, role: str, *arguments: str) -> Iterator[Worker]:
+    """``python -m module role arguments…``; ended with this context."""
+    command = [sys.executable, "-m", module, role, *arguments]
+    with subprocess.Popen(command, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield Worker(role, process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()  # the end of its input ends it, as does the end of this process
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def answer(line: object) -> None:
+    """In a worker: one answer."""
+    print(line, flush=True)
+
+
+def commands() -> Iterator[tuple[str, int]]:
+    """In a worker: commands of a word and a number."""
+    for line in sys.stdin:
+        kind, count = line.split()
+        yield kind, int(count)
