@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import msgpack
 import pytest
 
 from broker.base import Broker
+from broker.mosquitto import MosquittoBroker
 from edge import asks as asks_module
 from edge.asks import PendingAsks
 from edge.bus import Bus, Deferred
@@ -348,6 +351,27 @@ def test_a_durable_ask_is_carried_out_again_after_its_process_was_killed(
     third = start_child("durable", tmp_path)
     third.wait_for("ready")
     assert "generate c1" not in third.lines, "what was answered is not carried out again"
+
+
+def test_a_command_that_was_lost_with_its_session_is_asked_again_by_its_asker(
+    broker: Broker, start_child: Callable[..., Child], open_bus: OpenBus, tmp_path: Path
+) -> None:
+    child = start_child("durable", tmp_path)
+    child.wait_for("ready")
+    asker = open_bus("tomato", "asker")
+    os.kill(child.process.pid, signal.SIGSTOP)
+    try:
+        answer = asker.ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=60_000)
+        assert asker.flush(DEADLINE_S), "the broker has it"
+        kill_broker(broker)
+        if isinstance(broker, MosquittoBroker):
+            assert broker.data_folder is not None
+            (broker.data_folder / "mosquitto.db").unlink(missing_ok=True)
+        broker.start()
+    finally:
+        os.kill(child.process.pid, signal.SIGCONT)
+    assert answer.result(DEADLINE_S).text == "done"
+    assert child.lines.count("generate c1") == 1
 
 
 def test_a_durable_ask_repeated_to_the_next_process_gets_the_answer_that_was_given(
