@@ -17,10 +17,14 @@ from msgspec import Meta
 from protocol import topics
 from protocol.entries import SignedEntry
 from protocol.errors import ErrorInfo, UnknownType
+from protocol.ids import NAME_PATTERN
 from protocol.manifest import SignedManifest
 from protocol.topics import KIB, Topic
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9_\-]{0,62}$")]
+_END = r"$(?!\n)"
+"""The end of a text. Python's ``$`` alone also stands before a last line feed, JSON Schema's does not."""
+Name = Annotated[str, Meta(pattern=f"^{NAME_PATTERN.pattern}{_END}")]
+SnapshotId = Annotated[str, Meta(pattern=f"^[0-9a-f]{{64}}{_END}")]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -372,7 +376,7 @@ class SnapshotSaved(msgspec.Struct):
 class ModelResume(msgspec.Struct):
     """Fetch a snapshot from a node and make a conversation of it."""
 
-    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    snapshot: SnapshotId
     holder: Name
     """Node to pull it from; this node itself for a local one."""
     conversation: str = ""
@@ -407,13 +411,13 @@ class SnapshotAnnounce(msgspec.Struct):
 class SnapshotManifestAsk(msgspec.Struct):
     """Ask for a snapshot's signed manifest."""
 
-    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    snapshot: SnapshotId
 
 
 class BlobPull(msgspec.Struct):
     """Let a holder send chunks of a snapshot on ``blob/{transfer}``; sent again for more credit."""
 
-    snapshot: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    snapshot: SnapshotId
     transfer: Name
     """UUIDv7 chosen by the receiver, who subscribes first."""
     have: Annotated[bytes, Meta(max_length=64 * KIB)]

@@ -215,6 +215,15 @@ def test_each_fault_is_named_with_topic_type_field_and_reason(
         assert error.type == "memory.put"
 
 
+def test_a_name_or_snapshot_with_a_line_feed_behind_it_is_none() -> None:
+    for type, data in (
+        ("model.cancel", {"run": "abc\n"}),
+        ("snapshot.manifest.ask", {"snapshot": "a" * 64 + "\n"}),
+    ):
+        with pytest.raises(MalformedMessage, match="regex"):
+            decode(topic_of(MESSAGES[type]), msgpack.packb(envelope(type=type, data=data)))
+
+
 def test_a_fault_deep_inside_is_named_by_its_path() -> None:
     row = MESSAGES["memory.merge"]
     entry = {"header": b"h", "signature": 5}
