@@ -184,6 +184,11 @@ class Bus:
         return self._connection.subscribed.is_set()
 
     @property
+    def reachable(self) -> bool:
+        """A connection stands, whether or not the broker has granted every subscription: something can be said."""
+        return self._connection.connected.is_set()
+
+    @property
     def connections(self) -> int:
         """Connections made so far: when it grows, the broker may have forgotten what was retained."""
         return self._connection.count

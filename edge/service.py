@@ -31,6 +31,7 @@ from edge.files import storage_errors
 from edge.journal import JOURNAL, CommandJournal
 from edge.keys import Peers, load_or_create_identity
 from edge.logs import set_up_logging
+from edge.mqtt_version import MQTT_3_1_1
 from edge.notify import Notifier
 from edge.service_table import BY_NAME
 from protocol.errors import ConfigError, MindstreamError, StorageError
@@ -255,6 +256,8 @@ class Service:
                 extend_at_s = time.monotonic() + WAIT_STEP_S
                 self._manager.extend_timeout(4 * WAIT_STEP_S)
                 self._manager.status(self._without_broker())
+                if self.bus.refusal:
+                    self.say_state()  # it hears nothing, or not all, and can say so where only subscribing is refused
             if time.monotonic() - since_s > patience_s:
                 log.warning(
                     "%s has waited %.0f s for its broker at %s%s",
@@ -297,6 +300,10 @@ class Service:
             details = self.details()
         except StorageError as error:
             condition, reason, details = "degraded", str(error), {}
+        if self.bus.refusal:
+            condition, reason = "degraded", self.bus.refusal
+        if self.bus.protocol == MQTT_3_1_1:
+            details = {**details, "mqtt": MQTT_3_1_1}
         state = ServiceState(
             state=condition,
             time_us=0,
@@ -310,7 +317,7 @@ class Service:
         news = msgspec.structs.replace(
             state, counters={name: count for name, count in state.counters.items() if name not in FLOW_COUNTERS}
         )
-        if (news == self._said and now_s - self._said_at_s < SERVICE_STATE.every_s) or not self.bus.connected:
+        if (news == self._said and now_s - self._said_at_s < SERVICE_STATE.every_s) or not self.bus.reachable:
             return
         self._said, self._said_at_s = news, now_s
         try:

@@ -27,6 +27,8 @@ from edge.bus import Bus
 from edge.cli.context import EXIT_UNREACHABLE
 from edge.config import load_config
 from edge.doctor import _configured_broker
+from edge.keys import Peers, load_or_create_identity
+from edge.service import Context, Service, hears
 from protocol.errors import ConfigError, NotAuthorized, NotConnected
 from protocol.messages import Event, MemoryPut, RunToken
 from tests.edge.bus_support import DEADLINE_S, Answers, wait_until
@@ -266,6 +268,47 @@ def test_a_refused_subscription_is_named_and_asked_for_again(
     assert bus.refusal == ""
     bus.say(Event("n", "info", "hello"), service="memory_store")
     wait_until(lambda: heard, "the subscription works")
+
+
+class Listening(Service):
+    name = "memory_store"
+
+    @hears(Event)
+    def hear(self, message: Any) -> None:
+        """Nothing to do."""
+
+
+def test_a_service_says_that_it_is_degraded_when_it_may_not_subscribe(
+    subscribing: Subscribing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.connection.SUBSCRIBE_AGAIN_S", 0.3)
+    password = tmp_path / "password"
+    password.write_text(PASSWORD)
+    password.chmod(0o600)
+    file = tmp_path / "mindstream.toml"
+    url = f"mqtt://127.0.0.1:{subscribing.port}"
+    file.write_text(
+        f'[node]\nname = "sprout"\n[broker]\nurl = "{url}"\nusername = "sprout"\npassword_file = "{password}"\n'
+    )
+    identity = load_or_create_identity(tmp_path, "sprout")
+    config = load_config(file, environ={})
+    service = Listening(Context(config, identity, Peers(tmp_path, identity), tmp_path / "service", url))
+    life = threading.Thread(target=service.run)
+    with NamedClient(subscribing.port, "admin") as watcher:
+        watcher.subscribe("mindstream/v1/sprout/service/memory_store/state")
+        life.start()
+        try:
+
+            def last() -> dict[str, Any]:
+                return dict(json.loads(watcher.payloads[-1])) if watcher.payloads else {}
+
+            wait_until(lambda: last().get("state") == "degraded", "it says so")
+            assert "refused a subscription: mindstream/v1/+/event/+" in last()["reason"]
+            subscribing.allow()
+            wait_until(lambda: last().get("state") == "ready", "and that it is well")
+        finally:
+            service.stop()
+            life.join(DEADLINE_S)
 
 
 # --- TLS and other ports --------------------------------------------------------------------------------------

@@ -286,5 +286,6 @@ def test_two_nodes_replicate_and_what_one_missed_is_repaired(broker: Broker, tmp
             sprout.start()
             wait_for(lambda: {i for i, _ in sprout.memories()} == acknowledged, "sprout has what it missed", 40)
             assert len(sprout.memories()) == 300
+            assert watcher.services["sprout", "memory_store"].details["mqtt"] == "3.1.1"
         finally:
             watcher.bus.stop()
