@@ -223,6 +223,14 @@ class LogConfig(msgspec.Struct, forbid_unknown_fields=True):
     level: Annotated[
         str, Meta(pattern="^(debug|info|warning|error)$", description="`debug`, `info`, `warning` or `error`.")
     ] = "info"
+    format: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|text|json|journal)$",
+            description="`text`, `json` (an object a line, as of `journalctl -o json`), `journal` (systemd's, with "
+            "fields), or `auto`: `journal` where stderr is the journal, else `text`.",
+        ),
+    ] = "auto"
     file_bytes: Annotated[
         int,
         Meta(

@@ -276,7 +276,8 @@ class Dispatcher:
         assert message is not None
         arrival.attempts += 1
         self._counters.add("failed.handler")
-        log.exception("%s failed on %s (attempt %d)", self._source, message.type, arrival.attempts)
+        where = {"topic": arrival.topic, "type": message.type}
+        log.exception("%s failed on %s (attempt %d)", self._source, message.type, arrival.attempts, extra=where)
         if message.row.ask is not None:
             self._finish(arrival, self._unexpected(arrival, error))
         elif arrival.attempts < ATTEMPTS:

@@ -30,7 +30,7 @@ from edge.db import open_database
 from edge.files import storage_errors
 from edge.journal import JOURNAL, CommandJournal
 from edge.keys import Peers, load_or_create_identity
-from edge.logs import set_up_logging
+from edge.logs import say_end, set_up_logging
 from edge.mqtt_version import MQTT_3_1_1
 from edge.notify import Notifier
 from edge.service_table import BY_NAME
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     faulthandler.enable()
     try:
         config = load_config(options.config)
-        set_up_logging(config)
+        set_up_logging(config, options.name)
         broker_url = options.broker or config.broker.url
         if not broker_url:
             raise ConfigError(
@@ -365,10 +365,10 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(number, lambda *_: service.stop())
         service.run()
     except ConfigError as error:
-        print(f"{options.name}: {error}", file=sys.stderr)
+        say_end(options.name, error)
         return EXIT_CONFIG
     except MindstreamError as error:
-        print(f"{options.name}: {error}", file=sys.stderr)
+        say_end(options.name, error)
         return 1
     return 0
 

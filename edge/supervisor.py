@@ -25,7 +25,7 @@ from edge.bus import Bus
 from edge.config import Config, find_config, load_config
 from edge.files import storage_errors, write_atomically
 from edge.keys import load_or_create_identity
-from edge.logs import set_up_logging
+from edge.logs import formatter, message_of, say_end, set_up_logging, wrapped
 from edge.node_lock import NodeLock
 from edge.process import ChildProcess, RotatingLog, free_bytes, start_child
 from edge.service import EXIT_CONFIG
@@ -262,7 +262,9 @@ class Supervisor:
         def on_line(line: bytes) -> None:
             kept.log_file.write_line(line)
             if self._echo:
-                _print(f"{name:>12} | {line.decode('utf-8', 'replace')}")
+                text = line.decode("utf-8", "replace")
+                as_json = self.config.log.format == "json"
+                _print(wrapped(text, self.config.node.name, name) if as_json else f"{name:>12} | {text}")
 
         kept.state = "init"
         kept.start_at_s = None
@@ -274,9 +276,10 @@ class Supervisor:
 
     def _after_death(self, kept: _Kept, child: ChildProcess, code: int) -> None:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        reason = how + (f": {child.last_line}" if child.last_line and code > 0 else "")
+        last_words = message_of(child.last_line)
+        reason = how + (f": {last_words}" if last_words and code > 0 else "")
         if code == EXIT_CONFIG:
-            self._give_up(kept, child.last_line or "its configuration is wrong")
+            self._give_up(kept, last_words or "its configuration is wrong")
         else:
             self._count_death(kept, reason)
 
@@ -447,7 +450,7 @@ def supervise(config: Config, config_path: Path | None = None) -> None:
         supervisor.data_dir / "logs" / "supervisor.log", max_bytes=config.log.file_bytes, files=config.log.files
     )
     handler = _LogFileHandler(log_file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(formatter(config, "supervisor"))
     logging.getLogger().addHandler(handler)
     try:
         supervisor.run()
@@ -464,13 +467,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config_path = options.config or find_config()
         config = load_config(config_path)
-        set_up_logging(config, "supervisor")
+        set_up_logging(config, "supervisor", prefix=True)
         supervise(config, config_path)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_end("error", error)
         return EXIT_CONFIG
     except MindstreamError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say_end("error", error)
         return 1
     return 0
 

@@ -40,7 +40,7 @@ def up() -> None:
 
     path = settings.config_path or find_config()
     config = load_config(path)
-    set_up_logging(config, "supervisor")
+    set_up_logging(config, "supervisor", prefix=True)
     supervise(config, path)
 
 
