@@ -132,7 +132,16 @@ def _data_folder(config: Config) -> Check:
 
 
 def _node(config: Config) -> Check:
+    from edge import units
+
     running = running_in(config.node.folder())
+    if running is None and (units.UNIT_DIR / units.TEMPLATE).exists():
+        states = units.states(config.services.names())
+        if waiting := [f"{name} is {state}" for name, state in states.items() if state != "active"]:
+            unit = units.instance(next(name for name, state in states.items() if state != "active"))
+            return Check("node", WARNING, f"under systemd: {', '.join(waiting)}", f"journalctl --unit {unit}")
+        if states:
+            return Check("node", OK, f"{config.node.name} runs under systemd: {', '.join(states)}")
     if running is None:
         return Check("node", WARNING, f"{config.node.name} is not running", "mindstream up")
     return Check("node", OK, f"{running.node} runs, process {running.pid}")

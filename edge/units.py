@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +118,12 @@ RestrictSUIDSGID=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
 KeyringMode=private
 SystemCallArchitectures=native
-# adjtimex only asks whether the clock is synchronised, which memories record: setting it needs a capability that is
-# not here. ProtectClock= would forbid the question too, ProcSubset=pid the boot id that asks are aged by.
-SystemCallFilter=@system-service adjtimex
+SystemCallFilter=@system-service
 SystemCallFilter=~@privileged @resources
+# adjtimex(3), by either system call, only asks whether the clock is synchronised, which memories record: setting it
+# needs a capability that is not here. ProtectClock= would forbid the question too, and ProcSubset=pid the boot id that
+# asks are aged by.
+SystemCallFilter=adjtimex clock_adjtime clock_adjtime64
 SystemCallErrorNumber=EPERM
 
 [Install]
@@ -318,6 +321,34 @@ def _read(path: Path) -> str | None:
             return path.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+
+# --- what runs ----------------------------------------------------------------------------------------------------
+
+
+def states(names: Sequence[str]) -> dict[str, str]:
+    """Service to what systemd says of it: ``active``, or its state with the service's own status line.
+
+    Empty where systemctl cannot be asked.
+    """
+    try:
+        done = subprocess.run(
+            ["systemctl", "show", "--property=Id,ActiveState,StatusText", *(instance(name) for name in names)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    found = {}
+    for block in done.stdout.split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        name = next((each for each in names if instance(each) == values.get("Id")), None)
+        if name is not None:
+            state, status = values.get("ActiveState", ""), values.get("StatusText", "")
+            found[name] = state if state == "active" or not status else f"{state} ({status})"
+    return found
 
 
 # --- exposure -------------------------------------------------------------------------------------------------
