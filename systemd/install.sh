@@ -9,11 +9,13 @@ usage() {
     cat <<'TEXT'
 usage: install.sh [install|upgrade] [options]    install, or upgrade what is installed
        install.sh uninstall [--purge]            remove it; data and configuration stay, unless --purge
-       install.sh wheelhouse DIR [--extras NAMES]  put all it needs into DIR, to install from it without network
+       install.sh wheelhouse DIR [--extras NAMES] [--also PACKAGES]
+                                                 put all it needs into DIR, to install from it without network
 
   --wheelhouse DIR    take every package from DIR and nothing from the network (default: this script's own folder, if
                       a mindstream wheel lies there)
   --extras NAMES      extras of pyproject.toml, such as model (default: those installed before, else none)
+  --also PACKAGES     more packages to install, such as 'torch onnxruntime-gpu' from NVIDIA's index on a Jetson
   --python PROGRAM    the interpreter, Python 3.10 to 3.13 (default: the first that is found)
   --node NAME         name of this node, for a configuration that is not there yet (default: the machine's name)
   --broker URL        its broker, likewise (default: mqtt://127.0.0.1:1883, a Mosquitto on this machine)
@@ -27,7 +29,7 @@ TEXT
 say() { printf '%s\n' "$*"; }
 die() { printf 'install.sh: %s\n' "$1" >&2; [ $# -lt 2 ] || printf 'next: %s\n' "$2" >&2; exit 1; }
 
-action=install wheelhouse='' extras='' extras_given=no python='' node='' broker='mqtt://127.0.0.1:1883'
+action=install wheelhouse='' extras='' also='' extras_given=no python='' node='' broker='mqtt://127.0.0.1:1883'
 ready_timeout=120 root='' systemctl=systemctl purge=no
 case "${1-}" in
 install | upgrade | uninstall) action=$1; shift ;;
@@ -38,6 +40,7 @@ while [ $# -gt 0 ]; do
     case $1 in
     --wheelhouse) wheelhouse=$(value "$@"); shift 2 ;;
     --extras) extras=$(value "$@"); extras_given=yes; shift 2 ;;
+    --also) also=$(value "$@"); extras_given=yes; shift 2 ;;
     --python) python=$(value "$@"); shift 2 ;;
     --node) node=$(value "$@"); shift 2 ;;
     --broker) broker=$(value "$@"); shift 2 ;;
@@ -144,7 +147,7 @@ copy_sources() {
 digest() {
     {
         "$python" -c 'import sys; print(sys.version)'
-        echo "$extras"
+        echo "$extras" "$also"
         if [ -n "$wheelhouse" ]; then
             (cd "$wheelhouse" && sha256sum ./*.whl)
         else
@@ -166,13 +169,15 @@ build() {
         set -- --constraint "$checkout/constraints.txt"
     fi
     say "installing $(basename "$wheel") into $target"
+    # shellcheck disable=SC2086 # one word a package
     if ! "$target/bin/python" -m pip install --quiet --disable-pip-version-check --no-input "$@" \
-        "mindstream${extras:+[$extras]} @ file://$wheel"; then
+        "mindstream${extras:+[$extras]} @ file://$wheel" $also; then
         rm -rf "$target"
         die 'the packages could not be installed; nothing was changed' \
             'look at what pip says above: a wheelhouse must hold all that the extras need, for this Python and machine'
     fi
     printf '%s\n' "$extras" >"$target/extras"
+    printf '%s\n' "$also" >"$target/also"
     if [ -f "$config" ] && ! complaint=$("$target/bin/mindstream" --config "$config" config show 2>&1 >/dev/null); then
         rm -rf "$target"
         die "this version does not accept $config; nothing was changed: $complaint"
@@ -217,7 +222,7 @@ TEXT
 : "${XDG_CACHE_HOME:=/var/cache}"
 export MINDSTREAM_CONFIG CREDENTIALS_DIRECTORY XDG_CACHE_HOME
 case "${1-}" in
-units | doctor) ;; # these look at, or write, what belongs to root
+units | doctor | broker) ;; # these look at, or write, what belongs to root
 *)
     if [ "$(id -u)" = 0 ]; then
         exec runuser -u mindstream -- /opt/mindstream/current/bin/mindstream "$@"
@@ -348,6 +353,7 @@ install() {
     [ "$action" = install ] || [ -n "$old" ] || die 'nothing is installed here' 'install.sh install'
     if [ "$extras_given" = no ] && [ -n "$old" ] && [ -f "$versions/$old/extras" ]; then
         extras=$(cat "$versions/$old/extras")
+        also=$(cat "$versions/$old/also")
     fi
     [ -z "$wheelhouse" ] || wheelhouse=$(CDPATH='' cd -- "$wheelhouse" && pwd -P) || die "no folder $wheelhouse"
     choose_packages
@@ -383,6 +389,12 @@ uninstall() {
     for folder in "$units"/mindstream@*.service.d; do
         [ ! -d "$folder" ] || rmdir "$folder" 2>/dev/null || say "left your own drop-ins in $folder"
     done
+    # `mindstream broker render` has Mosquitto's unit ask the program that goes now.
+    mosquitto=$units/mosquitto.service.d/mindstream.conf
+    if [ -f "$mosquitto" ] && grep -q "^ExecStartPre=.*$home/.* broker check" "$mosquitto"; then
+        sed -i "\\#^ExecStartPre=.*$home/.* broker check#d" "$mosquitto"
+        say "left $mosquitto, without its check by mindstream"
+    fi
     manage daemon-reload
     rm -rf "$home" "$command"
     if [ "$purge" = no ]; then
@@ -404,8 +416,9 @@ make_wheelhouse() {
     trap 'rm -rf "$work"' EXIT
     "$python" -m venv "$work/build"
     copy_sources "$work/source"
+    # shellcheck disable=SC2086 # one word a package
     "$work/build/bin/python" -m pip wheel --quiet --disable-pip-version-check --wheel-dir "$wheelhouse" \
-        --constraint "$checkout/constraints.txt" "$work/source${extras:+[$extras]}"
+        --constraint "$checkout/constraints.txt" "$work/source${extras:+[$extras]}" $also
     cp "$here/install.sh" "$wheelhouse/"
     say "on a machine with the same Python and processor: sudo sh $(basename "$wheelhouse")/install.sh"
 }
