@@ -157,12 +157,14 @@ def _persistence(parsed: Parsed, account: pwd.struct_passwd) -> Iterator[Finding
         return
     interval_s = parsed.seconds("autosave_interval", DEFAULT_AUTOSAVE_S)
     if parsed.options.get("autosave_on_changes") == "true":
-        yield Finding(name, OK, f"{folder}, written after every {interval_s} changes: most of the throughput is lost")
+        yield Finding(
+            name, OK, f"{folder}, written after every {interval_s} changes, which costs most of the throughput"
+        )
     elif not 0 < interval_s <= LONGEST_AUTOSAVE_S:
         lost = f"the last {interval_s} s are lost" if interval_s else "all is lost"
         yield Finding(name, WARNING, f"{folder}; at a crash {lost}", "autosave_interval 1")
     else:
-        yield Finding(name, OK, f"{folder}, written every {interval_s} s")
+        yield Finding(name, OK, f"{folder}, never older than {interval_s + 1} s")
 
 
 def _queues(parsed: Parsed) -> Iterator[Finding]:

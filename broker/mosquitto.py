@@ -1,7 +1,7 @@
 """Mosquitto as a child process on loopback: the broker that devices run, for tests, benchmarks and one's own node.
 
 The configuration is valid on 2.0 and 2.1. It keeps sessions, retained and waiting messages on disk; a crash loses
-at most the last second of them (``autosave_interval``), and nothing that the memory log would not repair.
+at most the last two seconds of them (``autosave_interval``), and nothing that the memory log would not repair.
 
 Mosquitto 2.0.11 (Debian 12) keeps to a client's Receive Maximum only until the first acknowledgement, and then sends
 all that waits: a client bounds its queue by not reading on, not by that number alone. And it does not save a session

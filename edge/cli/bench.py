@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edge.config import Config
 
-BENCHMARKS = ("bus", "model", "record", "start", "units")
+BENCHMARKS = ("broker", "bus", "model", "record", "start", "units")
 
 
 def bench(

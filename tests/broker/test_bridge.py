@@ -82,11 +82,11 @@ def test_what_waits_for_the_hub_arrives_after_both_brokers_were_killed(hub: Mosq
     payloads = [str(number).encode() for number in range(WAITING)]
     with NamedClient(hub.port, "tomato", client_id="far", session_s=600) as far:
         far.subscribe("mindstream/v1/+/memory/#")
-        hub.wait_saved()
+        hub.save()
         hub.kill()
         with NamedClient(sprout.port, "sprout") as near:
             near.publish_all(LOG, payloads)
-        sprout.wait_saved()
+        sprout.save()
         sprout.kill()
         hub.start()
         sprout.start()
@@ -114,7 +114,7 @@ def test_an_older_own_state_does_not_come_back_from_the_hub(hub: Mosquitto, spro
         far.subscribe(topic)
         near.publish(topic, b"old", retain=True)
         wait_until(lambda: far.payloads == [b"old"], "the hub has the old state")
-        hub.wait_saved()
+        hub.save()
         hub.kill()
         near.publish(topic, b"new", retain=True)
         near.subscribe("mindstream/#")

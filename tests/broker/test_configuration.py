@@ -137,7 +137,7 @@ def test_what_waits_for_a_name_that_is_away_outlives_a_kill(tmp_path: Path, need
         with NamedClient(broker.port, "sprout") as sprout:
             sprout.publish("mindstream/v1/sprout/state", b"ready", retain=True)
             sprout.publish_all("mindstream/v1/sprout/memory/log", payloads)
-        broker.wait_saved()
+        broker.save()
         broker.kill()
         broker.start()
         with NamedClient(broker.port, "tomato", client_id="away", session_s=600) as away:
