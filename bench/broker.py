@@ -8,7 +8,8 @@ process of its own.
 Throughput is counted in PUBACKs, once with a subscriber that reads along, once with one that is away, so that all
 waits at the broker and each save writes all of it. For the losses a session that is away is sent a steady stream; the
 broker is killed right after the last PUBACK, or two seconds later, and what then arrives is compared with what was
-acknowledged.
+acknowledged. Each save writes all that the broker holds, and it answers nobody meanwhile: how long that takes with
+many messages waiting is measured too.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ PAYLOAD_BYTES = 200
 STREAM_PER_S = 500
 STREAM_S = 4.0
 LATER_S = 2.0
+WAITING = 100_000
 PATIENCE_S = 30.0
 SETTINGS = {
     "default": "autosave_interval 1800",
@@ -90,6 +92,10 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
             lost = _lost(setting, acknowledged, later_s)
             figures[f"lost_{name}_{setting}"] = lost
             progress(f"kill -9 {later_s:g} s after the last of {acknowledged:,} PUBACKs, {setting}: {lost:,} lost")
+    waiting = 5_000 if quick else WAITING
+    figures["waiting"] = waiting
+    figures["save_ms"], figures["save_bytes"] = _save(waiting)
+    progress(f"one save of {waiting:,} waiting messages holds the broker up for {figures['save_ms']:,.0f} ms")
     figures |= {
         "acknowledged": acknowledged,
         "stream_per_s": STREAM_PER_S,
@@ -165,6 +171,38 @@ def _lost(setting: str, messages: int, later_s: float) -> int:
         after.close()
         reader.close()
         return messages - len(got)
+
+
+def _save(waiting: int) -> tuple[float, int]:
+    """Milliseconds for which a save holds the broker up with ``waiting`` messages in a queue, and bytes written."""
+    times_ms = []
+    with (
+        tempfile.TemporaryDirectory(prefix="mindstream-bench-") as folder,
+        _Mosquitto("default", Path(folder)) as broker,
+    ):
+        Client(broker.port, "reader").subscribe().close()
+        writer = Client(broker.port, "writer")
+        for number in range(waiting):
+            writer.publish(number)
+            if number % MAX_INFLIGHT == MAX_INFLIGHT - 1:
+                writer.take_pubacks(wait_for=MAX_INFLIGHT)
+        assert broker.pid is not None
+        database = Path(folder) / "mosquitto.db"
+        for _ in range(5):
+            written_ns = database.stat().st_mtime_ns if database.exists() else 0
+            os.kill(broker.pid, signal.SIGUSR1)
+            # One message at a time: the one that is answered late was sent while the broker saved.
+            longest_s, deadline_s = 0.0, time.perf_counter() + PATIENCE_S
+            while time.perf_counter() < deadline_s:
+                started_s = time.perf_counter()
+                writer.publish(0)
+                writer.take_pubacks(wait_for=1)
+                longest_s = max(longest_s, time.perf_counter() - started_s)
+                if database.exists() and database.stat().st_mtime_ns > written_ns:
+                    break
+            times_ms.append(longest_s * 1000)
+        writer.close()
+        return statistics.median(times_ms), database.stat().st_size
 
 
 class Client:
