@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,30 @@ def build_wheelhouse(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         wheel = build_wheel(folder, copy_sources(Path(work)))
     pack_needed(wheel, folder)
+
+
+def other_version(wheelhouse: Path, folder: Path, version: str, change: dict[str, str] | None = None) -> Path:
+    """The wheelhouse again, our wheel in it as ``version``, with the text of files changed: name to what is added."""
+    folder.mkdir()
+    for wheel in wheelhouse.iterdir():
+        if not wheel.name.startswith("mindstream-"):
+            (folder / wheel.name).hardlink_to(wheel)
+    (ours,) = wheelhouse.glob("mindstream-*.whl")
+    old = ours.name.split("-")[1]
+    with (
+        zipfile.ZipFile(ours) as source,
+        zipfile.ZipFile(folder / ours.name.replace(old, version), "w") as target,
+    ):
+        for name in source.namelist():
+            body = source.read(name)
+            if name.endswith("METADATA"):
+                body = re.sub(rb"(?m)^Version: .*$", f"Version: {version}".encode(), body)
+            if name.endswith("RECORD"):
+                # pip checks no digests; the names must be there.
+                body = body.replace(f"-{old}.".encode(), f"-{version}.".encode())
+            body += (change or {}).get(name, "").encode()
+            target.writestr(name.replace(f"-{old}.dist-info", f"-{version}.dist-info"), body)
+    return folder
 
 
 def pack_needed(wheel: Path, folder: Path) -> None:

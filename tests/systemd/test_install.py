@@ -7,11 +7,9 @@ Mosquitto and the packages are real.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from edge.bus import Bus
 from protocol.messages import MemoryPut, MemoryRecall, MemoryRecalled, MemoryStored
 from tests.support.nodes import CHECKOUT
 from tests.support.unit_manager import UnitManager
-from tests.support.wheelhouse import build_wheelhouse
+from tests.support.wheelhouse import build_wheelhouse, other_version
 
 INSTALL = CHECKOUT / "systemd" / "install.sh"
 ENABLED = ["presence", "memory_store", "sync_bridge"]
@@ -37,30 +35,6 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that the core needs, as wheels."""
     folder = tmp_path_factory.mktemp("wheelhouse")
     build_wheelhouse(folder)
-    return folder
-
-
-def other_version(wheelhouse: Path, folder: Path, version: str, change: dict[str, str] | None = None) -> Path:
-    """The wheelhouse again, our wheel in it as ``version``, with the text of files changed: name to what is added."""
-    folder.mkdir()
-    for wheel in wheelhouse.iterdir():
-        if not wheel.name.startswith("mindstream-"):
-            (folder / wheel.name).hardlink_to(wheel)
-    (ours,) = wheelhouse.glob("mindstream-*.whl")
-    old = ours.name.split("-")[1]
-    with (
-        zipfile.ZipFile(ours) as source,
-        zipfile.ZipFile(folder / ours.name.replace(old, version), "w") as target,
-    ):
-        for name in source.namelist():
-            body = source.read(name)
-            if name.endswith("METADATA"):
-                body = re.sub(rb"(?m)^Version: .*$", f"Version: {version}".encode(), body)
-            if name.endswith("RECORD"):
-                # pip checks no digests; the names must be there.
-                body = body.replace(f"-{old}.".encode(), f"-{version}.".encode())
-            body += (change or {}).get(name, "").encode()
-            target.writestr(name.replace(f"-{old}.dist-info", f"-{version}.dist-info"), body)
     return folder
 
 

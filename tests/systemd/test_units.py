@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import units as bench_units
 from edge import units
 from edge.cli import main
 from edge.doctor import examine
@@ -180,3 +181,19 @@ def test_the_doctor_looks_at_the_units_of_a_device(tmp_path: Path, monkeypatch: 
     assert verdict == "warning"
     assert f"{tmp_path / units.TEMPLATE} is edited" in found
     assert "systemctl edit" in next_step
+
+
+@needs_systemd_analyze
+def test_the_benchmark_names_the_worst_unit() -> None:
+    figures = bench_units.run()
+    exposures = {row.name: figures[f"exposure_{row.name}"] for row in SERVICES}
+    worst = figures["worst_exposure"]
+    assert isinstance(worst, float)
+    assert worst == max(exposures.values()) <= MAX_EXPOSURE < figures["bare_exposure"]  # type: ignore[operator, type-var]
+
+
+def test_without_systemd_the_benchmark_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    figures = bench_units.run()
+    assert figures["worst_exposure"] is None
+    assert figures["bare_exposure"] is None
