@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -23,18 +24,23 @@ from edge.clock_sync import read_clock_synced
 from edge.config import Config, find_config, load_config
 from edge.files import storage_errors
 from edge.hardware import describe
-from edge.models import find
+from edge.model_pull import pulled_bytes
+from edge.model_registry import default_cache_folder, model_named
+from edge.models import check_sizes, find, is_path
 from edge.node_lock import running_in
 from edge.process import free_bytes
 from edge.service_table import SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
-from protocol.errors import BrokerError, MindstreamError, NotConnected
+from protocol.errors import BrokerError, MindstreamError, ModelUnavailable, NotConnected
 from protocol.identity import fingerprint_of
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LOW_FREE_BYTES = 1024**3
 """Snapshots are tens of megabytes each: with less than this a node is soon full."""
+CONVERTED_RATIO = 3
+"""A converted model's size to its GGUF's: 2.8 measured for SmolLM2's Q4_1, 2.3 for Gemma's Q4_K_M."""
 BROKER_TIMEOUT_S = 5.0
+LOOK_IT_UP = "docs/troubleshooting.md"
 CORE_PACKAGES = (
     "apsw",
     "blake3",
@@ -72,14 +78,16 @@ def examine(config_path: Path | None = None) -> list[Check]:
     try:
         config = load_config(config_path)
     except MindstreamError as error:
-        return [*checks, Check("configuration", FAILED, error.message, error.hint)]
+        return [*checks, Check("configuration", FAILED, error.message, error.hint or LOOK_IT_UP)]
     path = config_path or find_config()
     checks.append(Check("configuration", OK, str(path) if path else "no file: the defaults"))
     for name, check in _CHECKS.items():
         try:
             checks.append(check(config))
         except MindstreamError as error:
-            checks.append(Check(name, FAILED, error.message, error.hint))
+            checks.append(Check(name, FAILED, error.message, error.hint or LOOK_IT_UP))
+        except OSError as error:
+            checks.append(Check(name, FAILED, f"the check cannot be made: {error}", "look at that file's permissions"))
     return checks
 
 
@@ -176,7 +184,25 @@ def _broker(config: Config) -> Check:
             f"broker.port {settings.port} is taken: another MQTT broker answers there",
             f'set broker.url = "mqtt://127.0.0.1:{settings.port}" to use it, or broker.port = 0',
         )
+    if settings.port and (why := _cannot_listen(settings.port)):
+        return Check(
+            "broker",
+            FAILED,
+            f"broker.port {settings.port} cannot be listened on: {why}",
+            f"set broker.port to another, or to 0 for any; `ss -ltnp sport = {settings.port}` names who has it",
+        )
     return Check("broker", OK, f"embedded, will be started on port {settings.port or 'any'} by `mindstream up`")
+
+
+def _cannot_listen(port: int) -> str:
+    """Why an embedded broker could not listen on ``port``; empty when it could."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
 
 
 def _configured_broker(config: Config) -> Check:
@@ -202,7 +228,9 @@ def _configured_broker(config: Config) -> Check:
         finally:
             bus.stop()
     except NotConnected as error:
-        return Check("broker", FAILED, error.message, error.hint)
+        # "Ask the doctor" is no advice of the doctor's.
+        hint = "" if "mindstream doctor" in error.hint else error.hint
+        return Check("broker", FAILED, error.message, hint or "start it, or correct broker.url; services wait for it")
     took_ms = (time.monotonic() - started_s) * 1000
     return Check("broker", OK, f"{settings.url} answered in {took_ms:.0f} ms (MQTT {bus.protocol})")
 
@@ -241,14 +269,34 @@ def _keys(config: Config) -> Check:
 
 
 def _model(config: Config) -> Check:
-    files = find(config.model.name, [Path(folder) for folder in config.model.folders])
+    if "model_runner" not in config.services.names():
+        return Check("model", OK, "no model runner on this node: it needs none")
+    name, cache = config.model.name, default_cache_folder()
+    try:
+        files = find(name, [Path(folder) for folder in config.model.folders], cache)
+        if files is not None:
+            check_sizes(files)
+    except ModelUnavailable as error:
+        return Check("model", WARNING, error.message, error.hint)
     if files is None:
-        return Check("model", WARNING, f"{config.model.name} is not on this machine", "mindstream models")
-    if not files.ready:
-        return Check(
-            "model", OK, f"{files.name}, {files.reason}: converted at the first start", "mindstream models prepare"
-        )
-    return Check("model", OK, f"{files.name} in {files.folder}, {files.reason}")
+        if is_path(name):
+            return Check("model", WARNING, f"{name} holds no config.json with safetensors", "correct model.name")
+        model = model_named(name, cache)
+        terms = f", terms to accept: {model.licence.url}" if model.licence.terms else ""
+        begun = f"; {pulled_bytes(cache, name) / 1e6:.0f} MB of it are pulled" if pulled_bytes(cache, name) else ""
+        found = f"{name} is not on this machine ({model.size_bytes / 1e6:.0f} MB, {model.licence.name}{terms}){begun}"
+        return Check("model", WARNING, found, model.how_to_get)
+    found = f"{files.name} in {files.folder}, {files.reason}" + (f", {files.licence}" if files.licence else "")
+    if is_path(name):
+        return Check("model", OK, found)
+    if files.ready:
+        return Check("model", OK, found, f"to read it again, byte for byte: mindstream models verify {name}")
+    place = next(path for path in (cache, *cache.parents) if path.exists())
+    needed, free = CONVERTED_RATIO * model_named(name, cache).size_bytes, free_bytes(place)
+    if free < needed + MIN_FREE_BYTES:
+        found += f": it cannot be converted, {free / 1e6:.0f} MB are free in {place}, {needed / 1e6:.0f} MB are needed"
+        return Check("model", WARNING, found, "free some space there, or set XDG_CACHE_HOME to another disk")
+    return Check("model", OK, f"{found}: converted at the first start", f"mindstream models prepare {name}")
 
 
 def _hardware(_config: Config) -> Check:

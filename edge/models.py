@@ -154,7 +154,7 @@ def ensure(
     if not found.ready:
         return _convert(model, found, cache, on_progress or (lambda _line: None))
     if found.kind == "language":
-        _check_sizes(found)
+        check_sizes(found)
     else:
         for file in model.files:
             _check(model, file, found.folder / file.name)
@@ -330,7 +330,7 @@ def _check(model: KnownModel, file: ModelFile, path: Path) -> None:
         )
 
 
-def _check_sizes(found: ModelFiles) -> None:
+def check_sizes(found: ModelFiles) -> None:
     """Raise ModelUnavailable when a file that Mindstream wrote was cut or is gone; contents are `verify`'s."""
     record = read_record(found.folder)
     for file in record.files if record else ():
