@@ -24,9 +24,11 @@ from msgspec import Meta
 from edge.cli.app import app
 from edge.cli.context import EXIT_CODES
 from edge.config import ENV_OTHER, PATH_KEYS, SECTIONS
+from edge.docs_fields import Fields
 from edge.docs_protocol import protocol_page
 from edge.docs_text import GENERATED, plain, sentence, table
 from edge.docs_wire import asyncapi_file, clients_page
+from edge.status import BrokerStatus, NodeStatus, ServiceStatus, Status
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -123,6 +125,11 @@ def _range(metas: Sequence[Meta]) -> str:
     return f"from {low}" if low and "ge" in bounds else low or (f"to {high}" if high else "")
 
 
+JSON_SHAPES: dict[tuple[str, ...], tuple[type[msgspec.Struct], ...]] = {
+    ("mindstream", "status"): (Status, BrokerStatus, NodeStatus, ServiceStatus),
+}
+"""What commands print with ``--json``, where that is more than a message or a table."""
+
 # --- the command line -------------------------------------------------------------------------------------
 
 _CLI = """\
@@ -168,6 +175,20 @@ def _command_section(path: tuple[str, ...], command: Any) -> str:
         parts.append(table(("argument", "meaning"), described))
     if options := _options(command):
         parts.append(options)
+    if path in JSON_SHAPES:
+        parts.append(_json_shape(JSON_SHAPES[path]))
+    return "\n".join(parts)
+
+
+def _json_shape(structs: Sequence[type[msgspec.Struct]]) -> str:
+    """What ``--json`` prints: a table for the outermost struct, and one for each inside."""
+    fields = Fields([sys.modules[structs[0].__module__]])
+    head = "`--json` prints"
+    parts = []
+    for struct in structs:
+        parts.append(f'<a id="{struct.__name__.lower()}"></a>{head} {struct.__name__}: {sentence(struct)}\n')
+        parts.append(fields.table(struct))
+        head = "In it,"
     return "\n".join(parts)
 
 

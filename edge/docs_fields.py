@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +21,10 @@ SOURCES: tuple[ModuleType, ...] = (messages, entries, manifest, errors, codec)
 class Fields:
     """Fields of every struct of the protocol, with the text of their types and their docstrings."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sequence[ModuleType] = SOURCES) -> None:
         self._classes: dict[str, ast.ClassDef] = {}
         self._aliases: dict[str, ast.expr] = {}
-        for module in SOURCES:
+        for module in sources:
             tree = ast.parse(inspect.getsource(module))
             self._classes.update({node.name: node for node in tree.body if isinstance(node, ast.ClassDef)})
             for node in tree.body:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from edge.cli import bench, broker, config, decode, keys, memory, model, models, node, record, units, watch
+from edge.cli import bench, broker, config, decode, keys, memory, model, models, node, record, status, units, watch
 from edge.cli.context import settings
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
@@ -45,7 +45,7 @@ def _options(
 
 
 app.command()(node.up)
-app.command()(node.status)
+app.command()(status.status)
 app.command()(node.demo)
 app.command()(model.chat)
 app.command()(memory.remember)
@@ -63,4 +63,6 @@ app.command()(node.doctor)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")
 app.add_typer(units.app, name="units")
+app.command()(status.sleep)
+app.command()(status.wake)
 app.command()(node.version)

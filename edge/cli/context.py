@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from edge.config import Config
     from protocol.codec import Received
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_FOUND, EXIT_NOT_READY = 0, 1, 2, 3, 4, 5
+EXIT_INTERRUPTED = 130
 EXIT_CODES = {
     EXIT_OK: "it was done",
     EXIT_FAILED: "it failed, or a check did",
     EXIT_USAGE: "the command line or the configuration is wrong",
     EXIT_UNREACHABLE: "no broker, node or service answered in time",
     EXIT_NOT_FOUND: "what was named is not there: a conversation, a model, a peer",
+    EXIT_NOT_READY: "`mindstream status`: the node is not ready, or a service of it is failed, lost or silent",
     EXIT_INTERRUPTED: "interrupted by Ctrl-C",
 }
 """For docs/cli.md; scripts rely on them."""
@@ -209,5 +211,8 @@ _STYLES = {
     "degraded": "yellow",
     "failed": "bold red",
     "lost": "red",
+    "late": "yellow",
+    "silent": "red",
+    "sleeping": "blue",
     "disconnected": "dim",
 }

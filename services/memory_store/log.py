@@ -299,17 +299,20 @@ class MemoryLog:
             return _read_range(connection, row, first_seq, min(last_seq, row.seq), max_bytes)
 
     def stats(self) -> dict[str, Any]:
-        """For the status page: ``log_id``; ``entries`` by ``node/scope/log_id``; ``early`` entries kept aside;
-        ``memories``; ``bytes`` on the disk; ``unpublished``; ``skew_ms`` by node; ``counters``."""
+        """For the status page: ``log_id``; ``entries`` by ``node/scope/log_id``; ``early`` entries kept aside, and
+        how many are ``missing`` before them; ``memories``; ``bytes`` on the disk; ``unpublished``; ``skew_ms`` by
+        node; ``counters``."""
         with self.db.read("counting") as connection:
             rows = origin_rows(connection)
             early = fetch_value(connection, "SELECT count(*) FROM early")
             memories = fetch_value(connection, "SELECT count(*) FROM memories")
+            missing = sum(gap.last_seq - gap.first_seq + 1 for gap in find_gaps(connection)) if early else 0
         return {
             "log_id": self.log_id,
             "log_id_reason": self.log_id_reason,
             "entries": {"/".join(row.origin): row.seq for row in rows if row.seq},
             "early": early,
+            "missing": missing,
             "memories": memories,
             "bytes": self.db.size_bytes(),
             "unpublished": sum(

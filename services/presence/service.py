@@ -85,6 +85,7 @@ class Presence(Service):
         self._skew_ms = 0.0
         """The largest clock skew among live nodes, as it was shown last."""
         self._undeclared = True
+        self._connected_us = 0
         self._metrics: MetricsServer | None = None
         self._metrics_at_s = 0.0
         settings = self.config.home_assistant
@@ -95,12 +96,14 @@ class Presence(Service):
             self.bus.watch(topic, self._hear_discovery)
 
     def started(self) -> None:
+        self._connected_us = _now_us()
         with self._lock:
             self._node_bus = self._open_node_bus()
         self._say_node()
 
     def reconnected(self) -> None:
         self._undeclared = True
+        self._connected_us = _now_us()
         self._say_node()
 
     def tick(self) -> None:
@@ -177,6 +180,7 @@ class Presence(Service):
             "peers_late": self._peers_late,
             "clock_skew_ms": round(self._skew_ms, 1),
             "slept_s": round(self._slept_s),
+            "broker": {"protocol": self.bus.protocol, "connected_us": self._connected_us},
             "metrics": f"{self.config.metrics.host}:{self._metrics.port}" if self._metrics else "",
         }
 

@@ -46,6 +46,8 @@ class _Peer:
     retry_s: float = RETRY_FIRST_S
     next_s: float = 0.0
     fetched: int = 0
+    behind: int = 0
+    """Entries that it held and we did not, at the last comparison."""
     waiting_for: str = ""
     """Why the last comparison failed; empty when it did not."""
 
@@ -76,15 +78,21 @@ class SyncBridge(Service):
     def details(self) -> dict[str, Any]:
         with self._changed:
             return {
+                "in_step": sum(peer.digest == self._own_digest for peer in self._peers.values()),
+                "behind": max((self._behind(peer) for peer in self._peers.values()), default=0),
                 "peers": {
                     name: {
                         "in_step": peer.digest == self._own_digest,
+                        "behind": self._behind(peer),
                         "fetched": peer.fetched,
                         **({"waiting_for": peer.waiting_for} if peer.waiting_for else {}),
                     }
                     for name, peer in sorted(self._peers.items())
-                }
+                },
             }
+
+    def _behind(self, peer: _Peer) -> int:
+        return 0 if peer.digest == self._own_digest else peer.behind
 
     @hears(MemoryHave)
     def have(self, message: Received) -> None:
@@ -134,6 +142,7 @@ class SyncBridge(Service):
             try:
                 fetched, offered = self._compare(name)
                 peer.fetched += fetched
+                peer.behind = max(0, offered - fetched)
                 peer.waiting_for = "" if fetched or not offered else "nothing of what it holds was accepted"
                 progress = fetched > 0
             except AskExpired as error:

@@ -98,8 +98,8 @@ def test_recalled_text_does_not_move_the_cursor(node: Node) -> None:
 def test_status_shows_every_service(node: Node) -> None:
     done = mindstream("status", "--json", config=node.config)
     assert done.returncode == 0
-    found = json.loads(done.stdout)["tomato"]
-    assert found["state"]["state"] == "ready"
+    found = json.loads(done.stdout)["nodes"]["tomato"]
+    assert found["state"] == "ready"
     assert {name: state["state"] for name, state in found["services"].items()} == dict.fromkeys(
         ("presence", *MEMORY_SERVICES), "ready"
     )
@@ -248,7 +248,7 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
         up = subprocess.Popen([*PROGRAM, "--config", str(lonely), "up"], cwd=CHECKOUT, stdout=log, stderr=log)
     try:
         wait_for(lambda: "sprout is ready" in (lonely.parent / "log").read_text(), "not ready", 40)
-        assert json.loads(mindstream("status", "--json", config=lonely).stdout)["sprout"]["state"]["state"] == "ready"
+        assert json.loads(mindstream("status", "--json", config=lonely).stdout)["nodes"]["sprout"]["state"] == "ready"
         up.send_signal(signal.SIGINT)
         assert up.wait(30) == 0
     finally:
