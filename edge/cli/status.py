@@ -14,6 +14,7 @@ from edge.cli.context import (
     EXIT_NOT_READY,
     JsonOption,
     connected,
+    expect_service,
     load,
     make_table,
     print_json,
@@ -60,27 +61,32 @@ def status(
         raise typer.Exit(EXIT_NOT_READY)
 
 
-def sleep() -> None:
+def sleep(json: JsonOption = False) -> None:
     """Say that this machine is about to be suspended.
 
     The node is then known as sleeping, not as lost. It wakes by itself; for a systemd unit see docs/monitoring.md.
     """
     from protocol.messages import NodeSleep
 
-    _tell(NodeSleep())
+    _tell(NodeSleep(), json)
 
 
-def wake() -> None:
+def wake(json: JsonOption = False) -> None:
     """Say that this machine is awake again. After a real suspend the node notices it by itself."""
     from protocol.messages import NodeWake
 
-    _tell(NodeWake())
+    _tell(NodeWake(), json)
 
 
-def _tell(message: Any) -> None:
+def _tell(message: Any, json: bool) -> None:
     config = load()
     with connected(config) as bus:
-        print(f"{config.node.name} is {bus.ask(config.node.name, message, ttl_ms=SLEEP_TTL_MS).state}")
+        expect_service(bus, config.node.name, "presence")
+        now = bus.ask(config.node.name, message, ttl_ms=SLEEP_TTL_MS)
+    if json:
+        print_json(now)
+    else:
+        print(f"{config.node.name} is {now.state}")
 
 
 # --- what is shown ------------------------------------------------------------------------------------------
