@@ -78,6 +78,18 @@ def shared_folder() -> Path:
     return SHARED
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden files of replayed services (docs/recordings.md)"
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written, not compared."""
+    return bool(request.config.getoption("--update-golden"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Every process that a test starts inherits this, orphans included, so the end can look for it.
     os.environ[_RUN_MARK] = uuid.uuid4().hex

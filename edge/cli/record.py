@@ -221,6 +221,7 @@ def _client(config: Config, url: str, name: str, session_expiry_s: int = 0, *, o
         password=config.broker.password() if own else "",
         ca_file=config.broker.ca_file,
         session_expiry_s=session_expiry_s,
+        protocol=config.broker.protocol,
     )
 
 

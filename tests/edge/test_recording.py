@@ -466,7 +466,8 @@ def test_record_ends_by_count_or_time_and_filters(embedded_broker: Broker, tmp_p
     assert summarize([tmp_path / "count.msrec"]).messages == 5
 
 
-def test_a_killed_recorder_leaves_all_but_the_last_second(broker: Broker, tmp_path: Path) -> None:
+def test_a_killed_recorder_leaves_all_but_the_last_second(embedded_broker: Broker, tmp_path: Path) -> None:
+    broker = embedded_broker
     path = tmp_path / "killed.msrec"
     with wire(broker.url, "mouth") as mouth, recording_process(path, broker.url) as program:
         publish(mouth, [(TOPIC, said(number), 1, False) for number in range(300)])
