@@ -23,6 +23,8 @@ NOT_BRIDGED = frozenset({"blob"})
 """Rows that no bridge carries: chunks have a connection of their own, and would fill a bridge's queue."""
 ROLES = ("node", "bridge", "discovery")
 DISCOVERY_ROOT = "homeassistant"
+BIRTH = f"{DISCOVERY_ROOT}/status"
+"""Where Home Assistant says that it has started: nodes answer by saying again what it may have missed."""
 
 _ROOT_LEVELS = ROOT.split("/")
 _AREA = len(_ROOT_LEVELS) + 1
@@ -80,7 +82,7 @@ def render_acl(users: Iterable[User] = ()) -> str:
     """Mosquitto's ACL file: rules for every name, then those of single users."""
     lines = [_HEADER, f"pattern readwrite {ROOT}/%u/#"]
     lines += [f"pattern read {each}" for each in read_filters("%u")]
-    lines.append("pattern read $SYS/broker/#")
+    lines += ["pattern read $SYS/broker/#", f"pattern read {BIRTH}"]
     outside = _outside()
     for row in outside:
         lines.append(f"pattern read {_everyone(row)}")

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from broker.base import Broker
+from broker.configuration import Listener, Setup
 from broker.embedded import EmbeddedBroker
+from broker.mosquitto import INSTALL_HINT, find_mosquitto
 from edge.bus import Bus
 from edge.service_table import BY_NAME
 from protocol.messages import MemoryPut
 from services.presence import home_assistant
 from tests.services.presence.conftest import StartPresence
+from tests.support.mosquittos import ME, NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, free_port
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, wait_for
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -267,6 +270,36 @@ def test_it_is_said_again_when_home_assistant_starts(raw: Raw, start_presence: S
     wait_for(lambda: raw.heard.count(TOPIC) > said, "it is not said again")
     home.disconnect()
     home.loop_stop()
+
+
+def test_with_the_rights_that_mindstream_renders_a_node_says_its_own_and_hears_home_assistant_start(
+    tmp_path: Path, start_presence: StartPresence
+) -> None:
+    if find_mosquitto() is None:
+        pytest.skip(f"Mosquitto is not installed: {INSTALL_HINT}")
+    setup = Setup("device", tmp_path / "etc", tmp_path / "data", ME, (Listener(free_port()),))
+    with Mosquitto(setup, "tomato", "mallory") as running:
+        running.folder.add("hass", PASSWORD, role="discovery")
+        running.reload()
+        password = tmp_path / "password"
+        password.write_text(PASSWORD)
+        password.chmod(0o600)
+        url = f'mqtt://127.0.0.1:{running.port}"\nusername = "tomato"\npassword_file = "{password}'
+        with NamedClient(running.port, "hass") as hass, NamedClient(running.port, "mallory") as mallory:
+            hass.subscribe("homeassistant/#")
+            presence = start_presence(url=url)
+
+            def said() -> int:
+                return sum(message.topic == TOPIC for message in hass.messages)
+
+            wait_for(lambda: said() == 1, "it is not said")
+            assert hass.publish("homeassistant/status", b"online") < 0x80
+            wait_for(lambda: said() == 2, "it is not said again")
+            assert mallory.publish(TOPIC, b"{}", retain=True) == NOT_AUTHORISED
+            counters = presence.bus.counters.snapshot()
+            assert not [name for name in counters if name.startswith(("refused", "dropped"))]
+            presence.stop()
+            wait_for(lambda: presence._node_bus is None, "it does not end")
 
 
 def test_switched_off_it_is_taken_back(
