@@ -21,7 +21,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from broker.base import _free_port
 from broker.child import spawn
-from broker.configuration import Setup
+from broker.configuration import Listener, Setup
 from broker.mosquitto import find_mosquitto
 from edge.broker_setup import BrokerFolder
 
@@ -71,15 +71,13 @@ class Mosquitto:
                 stderr=log,
             )
         for listener in self.setup.listeners:
-            wait_until(
-                lambda port=listener.port: self._accepts(port), f"port {listener.port} listens: {self.log[-2000:]}"
-            )
+            wait_until(lambda each=listener: self._accepts(each), f"port {listener.port} listens: {self.log[-2000:]}")
 
-    def _accepts(self, port: int) -> bool:
+    def _accepts(self, listener: Listener) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, f"Mosquitto ended: {self.log[-2000:]}"
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
+            return probe.connect_ex((listener.host or "127.0.0.1", listener.port)) == 0
 
     def kill(self) -> None:
         assert self.process is not None
