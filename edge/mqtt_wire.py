@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from protocol.errors import NotConnected, TrustError
+from protocol.errors import NotConnected, TrustError, WrongTopic
 from protocol.topics import MAX_PACKET_BYTES
 
 KEEPALIVE_S = 15
@@ -27,7 +27,7 @@ READ_INTERVAL_MIN_S, READ_INTERVAL_MAX_S = 0.001, 0.01
 """Reads are at least this far apart, so that a stream is taken in handfuls: waking up for each message would cost the
 machine more than the message itself. A lone message is read at once. Between the two it is fitted so that a read brings
 some READ_MESSAGES: brokers send a hundred, and then wait for their acknowledgement."""
-READ_MESSAGES = 40
+READ_MESSAGES = 60
 PUBLISH_WINDOW = 256
 _SEND_BYTES = 64 * 1024
 _CONNECT, _CONNACK, _PUBLISH, _PUBACK, _SUBSCRIBE, _SUBACK = 0x10, 0x20, 0x30, 0x40, 0x82, 0x90
@@ -356,13 +356,16 @@ class WireClient:
 
     def publish(self, topic: str, payload: bytes, *, qos: int, retain: bool, expiry_s: int | None = None) -> None:
         """Hand one message over, QoS 0 or 1; it goes out with the next ones, or at flush(). Waits while the window
-        of unacknowledged ones is full. Raises NotConnected."""
+        of unacknowledged ones is full. Raises NotConnected, WrongTopic."""
+        name = topic.encode()
+        if not 0 < len(name) <= 65_535:
+            raise WrongTopic(f"publishing on {topic[:80]!r}: {len(name):,} bytes, MQTT takes 1 to 65,535")
         try:
             while qos and len(self._unacknowledged) >= self._window:
                 self._push()
                 self._absorb(1.0)
                 self._keep_alive()
-            body = _field(topic.encode())
+            body = _field(name)
             if qos:
                 identifier = self._next_id()
                 self._unacknowledged.add(identifier)

@@ -21,7 +21,7 @@ from edge.mqtt_wire import WireClient
 from edge.recording import Gap, RecordingInfo
 from edge.recording_writer import BlockSink, Rotation, Totals
 from edge.text import mindstream_version
-from protocol.errors import NotConnected
+from protocol.errors import NotConnected, StorageError
 from protocol.ids import uuid7
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class BlockQueue:
 
 
 class Recorder:
-    """Records ``filters`` of one broker until ``stop``.
+    """Records ``filters`` of one broker, from the moment it is made until ``stop``.
 
     Args:
         client: not connected; with a session expiry of SESSION_EXPIRY_S.
@@ -137,7 +137,7 @@ class Recorder:
         node: this node's name, for the header.
         count, seconds: end after so many messages, or this time; 0 never.
 
-    Raises StorageError when the file cannot be made.
+    Raises NotConnected, or StorageError when the file cannot be made.
     """
 
     def __init__(
@@ -159,9 +159,10 @@ class Recorder:
         self._seconds = seconds
         self.totals = Totals()
         self._stop = threading.Event()
-        client.connect()
-        now_us = time.time_ns() // 1000
         client.epoch_ns = time.monotonic_ns()
+        now_us = time.time_ns() // 1000
+        client.connect()
+        self._subscribe()
         info = RecordingInfo(
             recording=uuid7(),
             part=0,
@@ -174,19 +175,19 @@ class Recorder:
             mqtt="5" if client.level == 5 else "3.1.1",
         )
         self.queue = BlockQueue(self.totals, queue_bytes)
-        self.sink = BlockSink(path, info, rotation or Rotation(), self.totals, wait_when_full=wait_when_full)
+        try:
+            self.sink = BlockSink(path, info, rotation or Rotation(), self.totals, wait_when_full=wait_when_full)
+        except StorageError:
+            client.close()
+            raise
         self._writing = threading.Thread(target=self._write, name="recording writer", daemon=True)
 
     def stop(self) -> None:
         """End ``run`` soon; safe in a signal handler."""
         self._stop.set()
 
-    def start(self) -> None:
-        """Subscribe: what is published after this returns is recorded. Raises NotConnected."""
-        self._subscribe()
-
     def run(self, every_s: float = 1.0, progress: Callable[[Totals], None] = lambda _totals: None) -> None:
-        """After ``start``: record until ``stop``, ``count``, ``seconds``, or a disk that takes no more.
+        """Record until ``stop``, ``count``, ``seconds``, or a disk that takes no more.
 
         Everything is in the file when it returns.
         ``progress`` is called about every ``every_s``. Raises StorageError when the disk ended it.

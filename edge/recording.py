@@ -14,11 +14,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import zstandard
 from blake3 import blake3
+from msgspec import Meta
 
 from edge.files import storage_errors
 from protocol.errors import UNREADABLE, NotFound, StorageError
@@ -41,18 +42,22 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 _SEARCH_BYTES = 1024 * 1024
 
 
+Microseconds = Annotated[int, Meta(ge=0, le=253_402_300_799_999_999)]
+"""To the end of the year 9999: what clocks can show."""
+
+
 class Message(msgspec.Struct, array_like=True):
     """One message of a recording. On disk an array, in this order; more elements may follow one day."""
 
-    time_us: int
+    time_us: Microseconds
     """When it was received, Unix microseconds by the recorder's wall clock."""
-    elapsed_us: int
+    elapsed_us: Microseconds
     """The same by its monotonic clock, from the start of the recording."""
     topic: str
     payload: bytes
-    flags: int = 0
+    flags: Annotated[int, Meta(ge=0, le=15)] = 0
     """1: retained; 2: QoS 1; 8: the broker said that it had sent it before. As in a PUBLISH's first byte."""
-    expiry_s: int | None = None
+    expiry_s: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     """What was left of its message expiry, seconds; None: it had none."""
 
     @property
@@ -69,10 +74,10 @@ class Gap(msgspec.Struct):
 
     gap: str
     """``queue full``, ``disk full``, or ``disconnected``."""
-    first_us: int
+    first_us: Microseconds
     """When it began, Unix microseconds."""
-    last_us: int
-    messages: int | None
+    last_us: Microseconds
+    messages: Annotated[int, Meta(ge=0)] | None
     """How many messages are missing; None: nobody knows, the broker did not say."""
     elapsed_us: int = 0
     text: str = ""

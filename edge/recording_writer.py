@@ -264,7 +264,7 @@ class BlockSink:
         self._part = self._last_part() if self._rotates else 0
         self._closed_bytes = 0
         self._gap: Gap | None = None
-        self._retry_s = 0.0
+        self._retry_s = self._rotate_again_s = 0.0
         self.failure: StorageError | None = None
         """Why the recording ended before its time."""
         self._writer = self._open()
@@ -370,20 +370,28 @@ class BlockSink:
         return writer
 
     def _rotate_if_due(self) -> None:
-        rotation = self._rotation
+        rotation, now_s = self._rotation, time.monotonic()
         old = self._writer.size >= rotation.bytes if rotation.bytes else False
-        old = old or (rotation.seconds > 0 and time.monotonic() - self._began_s >= rotation.seconds)
-        if not old or not self._writer.index.messages:
+        old = old or (rotation.seconds > 0 and now_s - self._began_s >= rotation.seconds)
+        if not old or not self._writer.index.messages or now_s < self._rotate_again_s:
             return
-        # The next one first: if the disk is full, the present one goes on as it is.
-        if self._rotation.keep > 1:
-            self._remove_old(self._rotation.keep - 1)
-        following = self._open()
+        if rotation.keep > 1:
+            self._remove_old(rotation.keep - 1)
+        try:
+            following = self._open()
+        except StorageError as error:
+            # The present file goes on for as long as the disk takes it.
+            log.warning("no new part was begun: %s", error)
+            self._rotate_again_s = now_s + RETRY_S
+            return
         self._closed_bytes += self._writer.size
         previous, self._writer = self._writer, following
-        previous.close("rotated")
-        if self._rotation.keep:
-            self._remove_old(self._rotation.keep)
+        try:
+            previous.close("rotated")
+        except StorageError as error:
+            log.warning("%s has no index: %s", previous.path, error)
+        if rotation.keep:
+            self._remove_old(rotation.keep)
 
     def _remove_old(self, keep: int) -> None:
         for path in parts_of(self._path)[:-keep]:

@@ -80,7 +80,6 @@ def record(
 
     try:
         with _stopped_by_signals(recorder.stop):
-            recorder.start()
             print(f"recording {client.url} to {recorder.sink.current}; Ctrl-C ends it", file=sys.stderr, flush=True)
             recorder.run(progress=progress)
     finally:

@@ -347,6 +347,27 @@ def test_parts_are_rotated_by_size_kept_within_bounds_and_read_as_one(tmp_path: 
     assert parts_of(parts[1]) == [parts[1]]
 
 
+def test_a_full_disk_keeps_no_recorder_from_going_on_in_its_present_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording_writer, "RETRY_S", 0.0)
+    path, totals = tmp_path / "garden.msrec", Totals()
+    sink = make_sink(path, totals, rotation=Rotation(bytes=1_000))
+    sink.write(arrivals(0, 10))
+    made = recording_writer.RecordingWriter
+
+    def no_room(*_: object) -> None:
+        raise StorageError("making a part: No space left on device")
+
+    monkeypatch.setattr(recording_writer, "RecordingWriter", no_room)
+    sink.write(arrivals(10, 10))
+    monkeypatch.setattr(recording_writer, "RecordingWriter", made)
+    sink.write(arrivals(20, 10))
+    sink.close()
+    assert (totals.recorded, totals.lost, totals.files) == (30, 0, 2)
+    assert [len(read_all(part)[0]) for part in parts_of(path)] == [20, 10]
+
+
 def test_parts_are_rotated_by_time(tmp_path: Path) -> None:
     path, totals = tmp_path / "garden.msrec", Totals()
     sink = make_sink(path, totals, rotation=Rotation(seconds=0.05, keep=1))
@@ -411,6 +432,29 @@ def test_mqtt_3_1_1_is_spoken_where_it_must_be(mosquitto_broker: MosquittoBroker
         ear.subscribe("mindstream/v1/#")
         publish(mouth, [("mindstream/v1/a/b", b"%d" % number, 1, False) for number in range(500)])
         assert [int(each.payload) for each in hear(ear, 500)] == list(range(500))
+
+
+@pytest.mark.parametrize(
+    "wrong", [(-1, 0, "t", b""), (0, 0, "t", b"", 99), (0, 0, "t", b"", 0, -5), (0, 0, 7, b""), (0, 0, "t", "text")]
+)
+def test_a_block_of_things_that_are_no_messages_is_damaged(wrong: tuple[object, ...], tmp_path: Path) -> None:
+    path = tmp_path / "odd.msrec"
+    writer = RecordingWriter(path, info())
+    writer._append(recording.BLOCK, 0, msgspec.msgpack.encode([wrong]), 0, 0, 1)
+    writer.write([message(1)])
+    writer.close("stopped")
+    messages, _, damage = read_all(path)
+    assert messages == [message(1)]
+    assert [(each.what, each.messages) for each in damage] == [("damaged block", 1)]
+
+
+def test_what_later_versions_may_add_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "later.msrec"
+    writer = RecordingWriter(path, info())
+    items = [(1, 2, "t", b"x", 2, None, "more"), {"note": "of a kind unknown today"}]
+    writer._append(recording.BLOCK, 0, msgspec.msgpack.encode(items), 1, 1, 1)
+    writer.close("stopped")
+    assert read_all(path) == ([Message(1, 2, "t", b"x", 2)], [], [])
 
 
 def test_a_broker_that_is_not_there_is_named_with_what_to_do() -> None:

@@ -259,6 +259,17 @@ def test_a_connection_that_breaks_ends_the_replay_with_what_was_done(
     assert "mindstream doctor" in err
 
 
+@pytest.mark.slow
+def test_the_benchmark_runs_and_nothing_is_lost_or_out_of_order() -> None:
+    from bench.record import run
+
+    figures = run(quick=True)
+    assert figures["replay_order_errors"] == figures["recorded_messages_lost"] == 0
+    size = figures["bytes_per_message"]
+    assert isinstance(size, float)
+    assert 20 < size < 200
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

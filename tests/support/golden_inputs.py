@@ -81,7 +81,6 @@ class Scene:
         """Everything from here on is recorded, and what is retained."""
         client = WireClient(self._url, "golden-recorder", session_expiry_s=SESSION_EXPIRY_S)
         recorder = Recorder(client, path, ["mindstream/v1/#"], node=NODE)
-        recorder.start()
         thread = threading.Thread(target=recorder.run)
         thread.start()
         try:
