@@ -132,6 +132,9 @@ class PendingAsks:
                 if self._closed:
                     return
                 now_s = time.monotonic()
+                # Those that are answered: the thread would wake for each.
+                while self._due and self._due[0][2] not in self._asks:
+                    heapq.heappop(self._due)
                 if not self._due or self._due[0][0] > now_s:
                     self._changed.wait(self._due[0][0] - now_s if self._due else None)
                     continue

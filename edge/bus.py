@@ -24,7 +24,6 @@ from typing import Any
 
 import msgspec
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge.asks import PendingAsks
@@ -32,6 +31,7 @@ from edge.connection import Connection, Listener
 from edge.counters import Counters, Events
 from edge.dispatch import Deferred, Dispatcher
 from edge.journal import CommandJournal
+from edge.mqtt_client import Packed
 from edge.mqtt_version import AUTO
 from edge.publishing import PUBLISH_WINDOW, Packet, Publisher, check_size
 from edge.wire_properties import RequestProperties
@@ -44,6 +44,8 @@ from protocol.topics import Topic
 
 log = logging.getLogger(__name__)
 
+FRESH_MS = 20
+"""An ask that is sent within this is sent as it was packed."""
 QUICK_ACK_BELOW = 4
 """With fewer messages under way than this, latency counts more than the system call."""
 
@@ -126,6 +128,7 @@ class Bus:
             node,
             self,
             lambda packet_id: self._connection.client.ack(packet_id, 1),
+            self._connection.client.corked,
             self._asks.resolve,
             self.counters,
             self.events,
@@ -294,15 +297,17 @@ class Bus:
 
         deadline_s = time.monotonic() + ttl_ms / 1000
 
-        def encode() -> tuple[bytes, RequestProperties]:
-            left_ms = max(1, round((deadline_s - time.monotonic()) * 1000))
+        def encode(left_ms: int) -> tuple[bytes, RequestProperties]:
             payload = codec.encode(
                 message, source=self.source, row=row, id=identifier, reply_to=self.client, ttl_ms=left_ms
             )
             check_size(topic, payload)
             return payload, RequestProperties(-(-left_ms // 1000), response_topic, identifier.encode())
 
+        ready: tuple[bytes, RequestProperties] | None = encode(ttl_ms)  # what can never be sent is refused here
+
         def send(wait_s: float = 0.0) -> bool:
+            nonlocal ready
             # Without a connection it is not handed over: in the client library it would wait without growing old,
             # and could be carried out long after its time. The next connection sends it.
             if not self._connection.connected.is_set():
@@ -310,14 +315,16 @@ class Bus:
             if not self._publisher.take_room(wait_s):
                 return False
             try:
-                payload, properties = encode()
+                # The first time it has just been packed; later with what is left of its time.
+                left_ms = max(1, round((deadline_s - time.monotonic()) * 1000))
+                fresh, ready = ready if ttl_ms - left_ms < FRESH_MS else None, None
+                payload, properties = fresh or encode(left_ms)
             except BaseException:
                 self._publisher.free(1)
                 raise
             self._publisher.hand_over(Packet(topic, payload, False), properties)
             return True
 
-        encode()  # what can never be sent is refused here
         what = f"asking {target}/{row.ask.service} to {row.ask.verb}"
         future = self._asks.open(
             identifier, what, node=target, reply_type=row.ask.reply, deadline_s=deadline_s, send=send
@@ -402,14 +409,14 @@ class Bus:
         self._dispatch.ledger.new_connection()
         self._publisher.new_connection(granted)
 
-    def _refused(self, topic: str, properties: Properties | None, code: int) -> None:
+    def _refused(self, topic: str, properties: Packed | None, code: int) -> None:
         """The broker has refused a message of ours; on 3.1.1 it would not say so."""
         try:
             self._say_refused(topic, properties, code)
         finally:
             self._acknowledged()
 
-    def _say_refused(self, topic: str, properties: Properties | None, code: int) -> None:
+    def _say_refused(self, topic: str, properties: Packed | None, code: int) -> None:
         self.counters.add("refused.publish")
         reason = str(ReasonCode(PacketTypes.PUBACK, identifier=code))
         error = NotAuthorized(
@@ -436,7 +443,8 @@ class Bus:
         self, name: str, payload: bytes, packet_id: int, expiry_s: int | None, redelivered: bool, retained: bool
     ) -> None:
         self._dispatch.receive(name, payload, packet_id, expiry_s, redelivered, retained)
-        if len(self._dispatch.inbox) < QUICK_ACK_BELOW:
+        # What was taken at once has been acknowledged at once: a PUBACK carries the TCP ACK as well.
+        if 0 < len(self._dispatch.inbox) < QUICK_ACK_BELOW:
             self._connection.quick_ack()
 
 

@@ -27,7 +27,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from edge import connect_faults
 from edge.connect_faults import Fault
 from edge.counters import Counters, Events
-from edge.mqtt_client import FastClient, Owner
+from edge.mqtt_client import FastClient, Owner, Packed
 from edge.mqtt_version import AUTO, MQTT_3_1_1, MQTT_5, VersionChoice
 from protocol.errors import ConfigError, NotConnected
 from protocol.topics import MAX_PACKET_BYTES
@@ -54,7 +54,7 @@ class Listener:
     whether the broker had kept it for whoever subscribes."""
     on_acknowledged: Callable[[], None]
     """A PUBACK of success."""
-    on_refused: Callable[[str, Properties | None, int], None]
+    on_refused: Callable[[str, Packed | None, int], None]
     """A PUBACK of failure: topic and properties of what was published, and the reason code."""
     on_up: Callable[[int], None]
     """A new connection stands; with how many publishes under way the broker grants. Before ``connected`` is set."""

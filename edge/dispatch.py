@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any
 
 from edge.answers import Answers, Journal, Reply, Speaker, key_of
@@ -61,6 +62,7 @@ class Dispatcher:
         node: this node's name, for asks that only its own services may make.
         speaker: sends answers.
         send_ack: sends one PUBACK.
+        together: what is sent within it may be written at once.
         resolve: takes an answer to an ask of ours; False when nobody waits for it.
         limit: bound of the inbox.
     """
@@ -70,12 +72,14 @@ class Dispatcher:
         node: str,
         speaker: Speaker,
         send_ack: Callable[[int], object],
+        together: Callable[[], AbstractContextManager[None]],
         resolve: Callable[[Received], bool],
         counters: Counters,
         events: Events,
         limit: int,
     ) -> None:
         self._source = speaker.source
+        self._together = together
         self._counters = counters
         self._events = events
         self._answers = Answers(node, speaker, self._handled, counters, events)
@@ -229,8 +233,12 @@ class Dispatcher:
             self._failed(hearing, arrivals, error)
             return
         self._counters.add("handled", len(arrivals))
-        for arrival, result in zip(arrivals, results, strict=True):
-            self._finish(arrival, result)
+        if len(results) == 1:
+            self._finish(arrivals[0], results[0])
+            return
+        with self._together():
+            for arrival, result in zip(arrivals, results, strict=True):
+                self._finish(arrival, result)
 
     def _finish(self, arrival: Arrival, result: Reply) -> None:
         """Answer and acknowledge, now or when the Deferred is set."""

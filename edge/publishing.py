@@ -12,13 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from paho.mqtt.enums import MQTTErrorCode
-from paho.mqtt.properties import Properties
-
 from edge.connection import Connection
 from edge.counters import Counters
+from edge.mqtt_client import Packed
 from edge.wire_properties import RequestProperties
-from protocol.errors import MessageTooLarge, MindstreamError, Overloaded
+from protocol.errors import MessageTooLarge, Overloaded
 from protocol.topics import MAX_PACKET_BYTES
 
 log = logging.getLogger(__name__)
@@ -99,14 +97,9 @@ class Publisher:
         self._backlog.append(packet)
         self._backlog_bytes += len(packet.payload)
 
-    def hand_over(self, packet: Packet, properties: Properties | None) -> None:
-        """The only caller of paho's publish; a place in the window has been taken. Holds no lock of ours."""
-        info = self._connection.client.publish(packet.topic, packet.payload, 1, packet.retain, properties)
-        if info.rc not in (MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_NO_CONN):
-            self.free(1)
-            raise Overloaded(
-                f"publishing on {packet.topic}: the client library refused it: {info.rc.name}", topic=packet.topic
-            )
+    def hand_over(self, packet: Packet, properties: Packed | None) -> None:
+        """The only one who publishes; a place in the window has been taken. Holds no lock of ours."""
+        self._connection.client.send(packet.topic, packet.payload, retain=packet.retain, properties=properties)
         self._counters.add("published")
 
     def overloaded(self, topic: str, timeout_s: float) -> Overloaded:
@@ -131,11 +124,7 @@ class Publisher:
             if self.in_flight < self.limit:
                 self._window.notify_all()
         for packet in packets:
-            try:
-                self.hand_over(packet, None)
-            except MindstreamError as error:
-                self._counters.add("dropped.publish")
-                log.warning("%s", error)
+            self.hand_over(packet, None)
 
     def new_connection(self, granted: int) -> None:
         """The broker grants ``granted`` publishes under way; asks of before are sent anew by their asker.

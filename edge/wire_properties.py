@@ -1,29 +1,19 @@
 """MQTT 5 properties of a request, packed by hand.
 
 paho's Properties object costs some 40 µs to build and pack, more than all the rest of a publish. A request
-carries exactly three, so they are written as bytes (MQTT 5 section 3.3.2.3) and handed to paho ready.
+carries exactly three, so they are written as bytes (MQTT 5 section 3.3.2.3).
 """
 
 from __future__ import annotations
 
 import struct
 
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from edge.mqtt_client import packed_length
 
 _EXPIRY, _RESPONSE_TOPIC, _CORRELATION = 0x02, 0x08, 0x09
 
 
-def _variable_byte_integer(value: int) -> bytes:
-    out = bytearray()
-    while True:
-        value, low = divmod(value, 128)
-        out.append(low | (0x80 if value else 0))
-        if not value:
-            return bytes(out)
-
-
-class RequestProperties(Properties):
+class RequestProperties:
     """Message expiry, response topic and correlation data of one request.
 
     Args:
@@ -32,17 +22,15 @@ class RequestProperties(Properties):
         correlation: returned in the answer; the request's id.
     """
 
-    correlation: bytes
+    __slots__ = ("_packed", "correlation")
 
     def __init__(self, expiry_s: int, response_topic: str, correlation: bytes) -> None:
-        super().__init__(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        object.__setattr__(self, "correlation", correlation)
+        self.correlation = correlation
         topic = response_topic.encode()
         body = struct.pack(f"!BIBH{len(topic)}s", _EXPIRY, expiry_s, _RESPONSE_TOPIC, len(topic), topic)
         body += struct.pack(f"!BH{len(correlation)}s", _CORRELATION, len(correlation), correlation)
-        object.__setattr__(self, "_packed", _variable_byte_integer(len(body)) + body)
+        self._packed = packed_length(len(body)) + body
 
     def pack(self) -> bytes:
         """The properties as they stand in a PUBLISH packet, their length first."""
-        packed: bytes = object.__getattribute__(self, "_packed")
-        return packed
+        return self._packed
