@@ -348,14 +348,11 @@ def _pip_download(requirements: Iterable[str], wheels: Path, on_bytes: OnBytes, 
 
 
 def _bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        total += _size(path)
-    return total
+    # os.walk passes over folders that are gone by the time that it looks: pip's come and go.
+    return sum(_size(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
 
 
 def _size(path: Path) -> int:
-    # pip's temporary files come and go.
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:

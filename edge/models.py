@@ -234,13 +234,17 @@ def model_lock(cache: Path, name: str, on_wait: Callable[[], None]) -> Iterator[
 
     Raises OSError.
     """
-    with (cache / f".{name}.lock").open("w") as handle:
+    # Reading is right enough for a lock: another user, root for one, may have made the file.
+    descriptor = os.open(cache / f".{name}.lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(cache: Path, name: str) -> None:

@@ -29,7 +29,11 @@ class Situation:
         self.folder = folder
         self.monkeypatch = monkeypatch
         self.stack = stack
-        self.toml = {"node": {"name": '"tomato"', "data_dir": f'"{folder / "data"}"'}, "broker": {"port": "0"}}
+        self.toml = {
+            "node": {"name": '"tomato"', "data_dir": f'"{folder / "data"}"'},
+            "broker": {"port": "0"},
+            "services": {"enabled": '["memory_store", "model_runner"]'},
+        }
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for name in ("MINDSTREAM_MODELS", "CACHE_DIRECTORY", "CREDENTIALS_DIRECTORY"):
             monkeypatch.delenv(name, raising=False)

