@@ -53,10 +53,9 @@ def test_buses_speak_over_tls_under_their_names(host: str, broker: Mosquitto, ce
         wait_until(lambda: heard == ["over TLS"], "the event arrives")
 
 
-def test_a_wrong_ca_is_refused_and_the_brokers_log_says_why(broker: Mosquitto, certificates: Certificates) -> None:
+def test_a_wrong_ca_is_refused_and_the_refusal_says_so(broker: Mosquitto, certificates: Certificates) -> None:
     url = f"mqtts://127.0.0.1:{broker.setup.listeners[1].port}"
     assert "certificate is not signed by" in refusal(bus(url, certificates.other_ca))
-    wait_until(lambda: "unknown ca" in broker.log, "the broker's log names the cause")
 
 
 def test_a_certificate_for_another_host_is_refused(broker: Mosquitto, certificates: Certificates) -> None:
