@@ -93,7 +93,7 @@ def render_acl(users: Iterable[User] = ()) -> str:
         own += [f"topic read {each}" for branch in user.branches for each in _addressed_to(branch)]
         if user.role == "discovery":
             own.append(f"topic readwrite {DISCOVERY_ROOT}/#")
-        for row in outside:
+        for row in filter(_owned, outside):
             names = (user.name, *user.branches)
             own += [
                 f"topic write {_written_by(row, name)}" for name in names if name != user.name or not _whole_level(row)
@@ -114,7 +114,7 @@ def read_filters(reader: str, *, bridged: bool = False) -> list[str]:
 def write_filters(writer: str) -> list[str]:
     """What a bridge carries of ``writer``'s own: its branch without what no bridge carries, and its topics outside."""
     below = [each.replace("{}", "+") for each in _filters(writer, bridged=True)]
-    return below + [_written_by(row, writer) for row in _outside()]
+    return below + [_written_by(row, writer) for row in _outside() if _owned(row)]
 
 
 def retained_filters(node: str) -> list[str]:
@@ -185,6 +185,11 @@ def _free(level: str) -> str:
 
 def _whole_level(row: Topic) -> bool:
     return "{node}" in row.levels
+
+
+def _owned(row: Topic) -> bool:
+    """Whether the topic says who speaks: otherwise it is nobody's own, and no name may write it."""
+    return any("{node}" in level for level in row.levels)
 
 
 def _everyone(row: Topic) -> str:

@@ -85,6 +85,14 @@ def test_a_row_with_the_name_inside_a_level_is_written_by_that_name_alone(
         assert b"mallory" not in mallory.payloads
 
 
+def test_a_row_that_says_nobodys_name_is_read_by_all_and_written_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Topic("shared", "weather/{place}", "", 1024, root="homeassistant")
+    monkeypatch.setattr(access, "TOPICS", (*TOPICS, row))
+    rules = [rule for rule in rules_of(render_acl([User("sprout", "x")])) if "weather" in rule]
+    assert rules == ["pattern read homeassistant/weather/+"]
+    assert not [each for each in write_filters("sprout") if "weather" in each]
+
+
 def test_a_bridge_writes_the_branches_it_carries_and_discovery_what_is_home_assistants(device: Mosquitto) -> None:
     device.folder.add("carrier", PASSWORD, role="bridge", branches=("tomato", "pepper"))
     device.folder.add("hass", PASSWORD, role="discovery")
