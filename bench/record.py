@@ -53,6 +53,8 @@ _HIGHER_IS_BETTER = {
     "messages_per_s_recording": True,
     "messages_per_s_alone": True,
     "recorder_cpu_us_per_message": False,
+    "stream_cpu_us_per_message_recording": False,
+    "stream_cpu_us_per_message_alone": False,
     "replay_messages_per_s": True,
 }
 _WORDS = re.split(
@@ -76,6 +78,7 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
         brokers["mosquitto"] = MosquittoBroker
     else:
         progress("Mosquitto is not installed: its figures are null")
+    payload_bytes: float | int | str | None = None
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="record-") as folder:
         for name in ("embedded", "mosquitto"):
             found: Figures = {}
@@ -83,11 +86,13 @@ def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
                 say = functools.partial(_say, progress, name)
                 found = _measure(brokers[name], Path(folder) / name, quick, say)
             figures |= {f"{key}_{name}": found.get(key) for key in _HIGHER_IS_BETTER}
+            payload_bytes = found.get("payload_bytes_per_message", payload_bytes)
         disk = file_system(Path(folder))
     for key, higher in _HIGHER_IS_BETTER.items():
         both = [value for name in brokers if isinstance(value := figures[f"{key}_{name}"], (int, float))]
         figures[key] = (min(both) if higher else max(both)) if both else None
     figures |= {
+        "payload_bytes_per_message": payload_bytes,
         "disk": disk,
         "machine": machine(),
         "versions": versions("paho-mqtt", "msgspec", "zstandard", "iotcore"),
@@ -109,8 +114,9 @@ def _scratch() -> Path:
 
 def _measure(make: Callable[[], Broker], folder: Path, quick: bool, progress: Progress) -> Figures:
     folder.mkdir()
-    rounds, messages = (1, 1_000) if quick else (9, 10_000)
+    rounds, messages = (1, 1_000) if quick else (9, 20_000)
     rates: dict[str, list[float]] = {"alone": [], "recording": []}
+    cpu_s: dict[str, list[float]] = {"alone": [], "recording": []}
     found: list[_Recorded] = []
     with (
         make() as broker,
@@ -120,22 +126,31 @@ def _measure(make: Callable[[], Broker], folder: Path, quick: bool, progress: Pr
         subscriber.read()
         publisher.read()
 
-        def stream() -> float:
+        processes = [psutil.Process(pid) for pid in (broker.pid, subscriber.process.pid, publisher.process.pid)]
+
+        def used_s() -> float:
+            return sum(sum(each.cpu_times()[:2]) for each in processes)
+
+        def stream(kind: str) -> None:
+            before_s = used_s()
             subscriber.write(f"expect {messages}")
             subscriber.read()
             publisher.write(f"publish {messages}")
             began_s, ended_s = float(publisher.read()), float(subscriber.read())
-            return messages / (ended_s - began_s)
+            rates[kind].append(messages / (ended_s - began_s))
+            cpu_s[kind].append(used_s() - before_s)
 
-        stream()  # warms up
+        stream("alone")  # warms up
+        rates["alone"].clear()
+        cpu_s["alone"].clear()
         for each in range(rounds):
             for kind in ("alone", "recording") if each % 2 else ("recording", "alone"):
                 if kind == "alone":
-                    rates[kind].append(stream())
+                    stream(kind)
                     continue
                 path = folder / f"{each}.msrec"
                 with _recorder(broker.url, path, messages) as recorded:
-                    rates[kind].append(stream())
+                    stream(kind)
                     found.append(recorded())
             progress(f"round {each + 1} of {rounds}: {_shown(rates)}")
     with make() as other:
@@ -149,7 +164,12 @@ def _measure(make: Callable[[], Broker], folder: Path, quick: bool, progress: Pr
         "messages_per_s_recording": recording,
         "messages_per_s_alone": alone,
         "recorder_cpu_us_per_message": statistics.median(each.cpu_s * 1e6 / messages for each in found),
+        **{
+            f"stream_cpu_us_per_message_{kind}": statistics.median(each) * 1e6 / messages
+            for kind, each in cpu_s.items()
+        },
         "replay_messages_per_s": rate,
+        "payload_bytes_per_message": sum(len(payload) for _, payload in _messages(path)) / messages,
     }
 
 
@@ -246,11 +266,11 @@ def _stream(count: int, seed: int) -> list[tuple[msgspec.Struct, dict[str, Any]]
     run = f"{chance.getrandbits(48):012x}"
     for number in range(count):
         if number % 2:
-            text = f"#{number:08d} " + " ".join(chance.choices(_WORDS, k=3))
+            text = f"#{number:08d} " + " ".join(chance.choices(_WORDS, k=5))
             logprob, entropy = -chance.expovariate(0.5), chance.expovariate(0.5)
             found.append((RunToken(number, chance.randrange(49_152), text, logprob, entropy), {"run": run}))
         else:
-            text = f"#{number:08d} " + " ".join(chance.choices(_WORDS, k=8))
+            text = f"#{number:08d} " + " ".join(chance.choices(_WORDS, k=9))
             found.append((Event("note", "info", text), {"service": "bench"}))
     return found
 
