@@ -65,6 +65,8 @@ class NodeStatus(msgspec.Struct):
     behind: int | None
     """Memories that some node on this broker holds and this one does not, by what they say of themselves; null: it
     has no memory store that has spoken."""
+    behind_by_origin: dict[str, int]
+    """The same for each origin (``node/scope/log_id``) of which it lacks any."""
     reason: str
     """Which of its services are not ready, and why."""
     version: str
@@ -185,7 +187,7 @@ class StatusWatch:
             connected_us=since_us if isinstance(since_us, int) else 0,
         )
 
-    def _node_status(self, name: str, own: dict[tuple[str, str], Speaker], behind: int | None) -> NodeStatus:
+    def _node_status(self, name: str, own: dict[tuple[str, str], Speaker], behind: dict[str, int] | None) -> NodeStatus:
         said = self._nodes.get(name) or NodeState(state="", time_us=0)
         speaker = self._speaker((name, ""), said.state, said.time_us, EVERY_S[STATE.name], own)
         services = {}
@@ -207,7 +209,8 @@ class StatusWatch:
             liveness=speaker.liveness,
             silent_s=speaker.silent_s,
             skew_ms=speaker.skew_ms,
-            behind=behind,
+            behind=None if behind is None else sum(behind.values()),
+            behind_by_origin=behind or {},
             reason=said.reason,
             version=said.version,
             fingerprint=said.fingerprint,
@@ -242,8 +245,8 @@ class StatusWatch:
         return Speaker(node, service, state, liveness, round(by_clocks_s, 3), skew_ms)
 
 
-def _behind(services: dict[str, dict[str, ServiceState]]) -> dict[str, int]:
-    """Node to the memories that others hold and it does not, by the ``entries`` that memory stores show."""
+def _behind(services: dict[str, dict[str, ServiceState]]) -> dict[str, dict[str, int]]:
+    """Node to the memories of each origin that others hold and it does not, by the ``entries`` of memory stores."""
     held: dict[str, dict[str, int]] = {}
     for node, states in services.items():
         store = states.get("memory_store")
@@ -259,7 +262,8 @@ def _behind(services: dict[str, dict[str, ServiceState]]) -> dict[str, int]:
         for origin, seq in origins.items():
             furthest[origin] = max(seq, furthest.get(origin, 0))
     return {
-        node: sum(seq - origins.get(origin, 0) for origin, seq in furthest.items()) for node, origins in held.items()
+        node: {origin: seq - origins.get(origin, 0) for origin, seq in furthest.items() if seq > origins.get(origin, 0)}
+        for node, origins in held.items()
     }
 
 

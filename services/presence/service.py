@@ -49,6 +49,7 @@ SLEEP_PATIENCE_S = 60.0
 """A node that said ``sleeping`` and has been awake for so long since does not sleep: it says so."""
 STOOD_STILL_S = 5 * STATE_INTERVAL_S
 """A tick so long after the last: this process stood still and heard nobody, so nobody's silence counts."""
+STUCK_S = 30.0
 METRICS_RETRY_S = 10.0
 SKEW_STEP_MS = 100.0
 """The skew that is shown follows in steps: a state that changed with every message would be said with every message."""
@@ -88,6 +89,8 @@ class Presence(Service):
         self._connected_us = 0
         self._metrics: MetricsServer | None = None
         self._metrics_at_s = 0.0
+        self._metrics_refusal = ""
+        """Why the metrics' port could not be had; empty when it could, or none is wanted."""
         settings = self.config.home_assistant
         if settings.discovery:
             self.bus.watch(f"{settings.prefix}/status", self._hear_home_assistant)
@@ -173,6 +176,15 @@ class Presence(Service):
                     log.warning("%s stays known as sleeping: %s", self.node, error)
             if bus is not None:
                 bus.stop(goodbye=[(gone, {})], timeout_s=2.0)
+
+    def condition(self) -> tuple[str, str]:
+        return ("degraded", self._metrics_refusal) if self._metrics_refusal else ("ready", "")
+
+    def stuck(self) -> str:
+        found, bus = super().stuck(), self._node_bus
+        if not found and bus is not None and bus.stalled_s() > STUCK_S:
+            found = "its connection for the node's state makes no progress"
+        return found
 
     def details(self) -> dict[str, Any]:
         return {
@@ -279,8 +291,10 @@ class Presence(Service):
             self._metrics = MetricsServer(settings.host, settings.port, self._look)
         except MindstreamError as error:
             self._metrics_at_s = time.monotonic() + METRICS_RETRY_S
+            self._metrics_refusal = error.message
             self.bus.events.report("metrics-port", "warning", str(error))
             return
+        self._metrics_refusal = ""
         log.info("metrics at http://%s:%d/metrics", settings.host, self._metrics.port)
 
     def _look(self) -> Snapshot:

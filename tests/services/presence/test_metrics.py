@@ -109,7 +109,9 @@ def test_a_taken_port_is_said_and_tried_again_and_the_service_goes_on(
         assert f"127.0.0.1:{port}" in watcher.events_of("tomato", "metrics-port")[0].text
         assert "metrics.port" in watcher.events_of("tomato", "metrics-port")[0].text
         wait_for(lambda: watcher.node_state("tomato") == "ready", "the service does not go on")
+        wait_for(lambda: watcher.state("tomato", "presence") == "degraded", "its state does not show it")
     wait_for(lambda: answers(port), "it is not tried again")
+    wait_for(lambda: watcher.state("tomato", "presence") == "ready", "its state still shows it")
     wait_for(
         lambda: watcher.services["tomato", "presence"].details.get("metrics") == f"127.0.0.1:{port}", "it is not shown"
     )

@@ -73,7 +73,7 @@ def test_a_node_without_a_supervisor_is_ready_when_its_services_are_and_disconne
         presence.terminate()
         assert presence.wait(20) == 0
         wait_for(lambda: watcher.node_state("tomato") == "disconnected", "no goodbye")
-        assert watcher.state("tomato", "presence") == "disconnected"
+        wait_for(lambda: watcher.state("tomato", "presence") == "disconnected", "nor of presence itself")
 
 
 def test_a_presence_that_is_killed_makes_the_node_lost_and_its_successor_makes_it_ready_at_once(
@@ -85,7 +85,7 @@ def test_a_presence_that_is_killed_makes_the_node_lost_and_its_successor_makes_i
             wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
             presence.kill()
             wait_for(lambda: watcher.node_state("tomato") == "lost", "the broker does not say so")
-            assert watcher.state("tomato", "presence") == "lost"
+            wait_for(lambda: watcher.state("tomato", "presence") == "lost", "nor of presence itself")
         # The store's retained word counts, for its process is there: nobody waits for it to be said again.
         os.kill(store.pid, signal.SIGSTOP)
         with service(node, "presence", broker.url):
