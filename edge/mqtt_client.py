@@ -91,6 +91,14 @@ class Owner:
     """Called once after ``wake_at_s``."""
 
 
+class _Rest(bytes):
+    """What is left of packets that were written in part: its first byte is no header."""
+
+
+def _is_goodbye(packet: bytes) -> bool:
+    return packet[0] == _DISCONNECT and not isinstance(packet, _Rest)
+
+
 class FastClient(paho.Client):
     """An MQTT client for one connection of ours: 5 or 3.1.1, which on 3.1.1 always begins a clean session."""
 
@@ -237,10 +245,10 @@ class FastClient(paho.Client):
         waiting: Any = self._out_packet
         if self._sock is None or not waiting:
             return MQTTErrorCode.MQTT_ERR_SUCCESS
-        while waiting and waiting[0][0] != _DISCONNECT:
+        while waiting and not _is_goodbye(waiting[0]):
             packets = [waiting.popleft()]
             size = len(packets[0])
-            while waiting and size < READ_BYTES and waiting[0][0] != _DISCONNECT:
+            while waiting and size < READ_BYTES and not _is_goodbye(waiting[0]):
                 packets.append(waiting.popleft())
                 size += len(packets[-1])
             data = packets[0] if len(packets) == 1 else b"".join(packets)
@@ -249,10 +257,10 @@ class FastClient(paho.Client):
             except BlockingIOError:
                 sent = 0
             except (OSError, ValueError):
-                waiting.appendleft(data)
+                waiting.appendleft(_Rest(data))
                 return MQTTErrorCode.MQTT_ERR_CONN_LOST
             if sent < len(data):
-                waiting.appendleft(data[sent:])
+                waiting.appendleft(_Rest(data[sent:]))
                 return MQTTErrorCode.MQTT_ERR_AGAIN
         self._last_msg_out = time.monotonic()
         return MQTTErrorCode.MQTT_ERR_SUCCESS
