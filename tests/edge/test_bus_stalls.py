@@ -12,6 +12,8 @@ from protocol.messages import Event, MemoryPut
 from tests.edge.bus_support import DEADLINE_S, Answers, wait_until
 from tests.edge.conftest import OpenBus
 
+pytestmark = pytest.mark.parametrize("broker", ["embedded"], indirect=True)
+
 
 def test_a_bus_that_idles_or_works_does_not_stall(make_bus: OpenBus, open_bus: OpenBus) -> None:
     heard: list[str] = []

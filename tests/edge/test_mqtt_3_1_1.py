@@ -163,7 +163,8 @@ def test_messages_come_whole_in_order_and_once(make_bus: OpenBus, open_bus: Open
         speaker.say(token(index), run="r")
     speaker.say(event("ä" * 7_000), service="speaker")
     assert speaker.flush(DEADLINE_S)
-    wait_until(lambda: texts, "the last is heard")
+    # NATS keeps the order within a subscription, not between two.
+    wait_until(lambda: texts and len(heard) >= 2_000, "all are heard")
     assert heard == list(range(2_000))
     assert texts == ["ä" * 7_000]
     assert not [name for name in listener.counters.snapshot() if name.startswith(("dropped", "failed", "refused"))]
@@ -181,6 +182,7 @@ def test_asks_are_answered(make_bus: OpenBus, open_bus: OpenBus) -> None:
     assert isinstance(asker.ask("sprout", MemoryPut(text="a"), ttl_ms=10_000), MemoryStored)
 
 
+@NATS_ONLY
 def test_an_ask_to_one_who_is_away_does_not_wait_at_the_broker(make_bus: OpenBus, open_bus: OpenBus) -> None:
     """Nothing on 3.1.1 would say how old it became there. Its asker repeats it, as long as it lives."""
     answers = Answers()
@@ -224,6 +226,7 @@ def test_the_will_is_seen_when_a_process_is_killed(start_child: Callable[..., Ch
     assert seen[0].state == "lost"
 
 
+@NATS_ONLY
 def test_a_goodbye_leaves_no_will(open_bus: OpenBus, make_bus: OpenBus) -> None:
     seen: list[str] = []
     watcher = open_bus("tomato", "watcher")
@@ -238,6 +241,7 @@ def test_a_goodbye_leaves_no_will(open_bus: OpenBus, make_bus: OpenBus) -> None:
     assert seen == ["disconnected", "ready"]
 
 
+@NATS_ONLY
 def test_a_durable_command_outlives_the_process_that_had_it(
     start_child: Callable[..., Child], open_bus: OpenBus, tmp_path: Path
 ) -> None:
@@ -254,6 +258,7 @@ def test_a_durable_command_outlives_the_process_that_had_it(
     assert again.lines.count("generate c1") == 1
 
 
+@NATS_ONLY
 def test_a_snapshot_crosses_whole(open_bus: OpenBus, make_bus: OpenBus, tmp_path: Path, closing: Any) -> None:
     held: Held = make_snapshot(tmp_path / "tomato", chunks=8)
     holder = Holder(held, open_bus, make_bus)
