@@ -7,16 +7,14 @@ set. Answers to asks are resolved by the network thread at once. Nothing is drop
 A handler must not ask: its own answer could wait behind messages that wait for the handler. Return a Deferred
 and ask from a worker.
 
-The connection and its life stand in ``edge.connection``, the window in ``edge.publishing``, what becomes of a
-received message in ``edge.dispatch``.
+The connection and its life stand in ``edge.connection``, the window in ``edge.publishing``, asking in
+``edge.asking``, what becomes of a received message in ``edge.dispatch``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
@@ -26,6 +24,7 @@ import msgspec
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.reasoncodes import ReasonCode
 
+from edge.asking import Asker
 from edge.asks import PendingAsks
 from edge.connection import Connection, Listener
 from edge.counters import Counters, Events
@@ -33,26 +32,19 @@ from edge.dispatch import Deferred, Dispatcher
 from edge.journal import CommandJournal
 from edge.mqtt_client import Packed
 from edge.mqtt_version import AUTO
-from edge.publishing import PUBLISH_WINDOW, Packet, Publisher, check_size
+from edge.publishing import PUBLISH_WINDOW, Packet, Publisher, check_size, topic_of
 from edge.wire_properties import RequestProperties
 from protocol import codec, topics
 from protocol.codec import Received
-from protocol.errors import BusError, MindstreamError, NotAuthorized, NotConnected, ProtocolError, UnknownType, to_wire
-from protocol.ids import check_name, uuid7
+from protocol.errors import BusError, MindstreamError, NotAuthorized, NotConnected, to_wire
+from protocol.ids import check_name
 from protocol.messages import Event, row_of
 from protocol.topics import Topic
 
 log = logging.getLogger(__name__)
 
-FRESH_MS = 20
-"""An ask that is sent within this is sent as it was packed."""
 QUICK_ACK_BELOW = 4
 """With fewer messages under way than this, latency counts more than the system call."""
-
-
-@lru_cache(maxsize=4096)
-def _topic_of(topic: Topic, names: tuple[tuple[str, str], ...]) -> str:
-    return topic.format_topic(**dict(names))
 
 
 @lru_cache(maxsize=16)
@@ -124,6 +116,7 @@ class Bus:
             ),
         )
         self._publisher = Publisher(self._connection, self._must_not_wait, self.counters)
+        self._asker = Asker(node, client, self._asks, self._connection, self._publisher)
         self._dispatch = Dispatcher(
             node,
             self,
@@ -281,60 +274,7 @@ class Bus:
                 f"asking {target} from a handler of {self.source}: its answer could never be taken",
                 hint="return a Deferred and ask from a worker thread",
             )
-        row = row_of(message)
-        if row.ask is None:
-            raise UnknownType(f"asking with {row.type}: it is not a question or command", type=row.type, field="type")
-        if not 0 < ttl_ms <= row.ask.ttl_max_ms:
-            raise ProtocolError(
-                f"asking {row.type} with a time to live of {ttl_ms} ms: it must be 1 to {row.ask.ttl_max_ms}",
-                type=row.type,
-                field="ttl_ms",
-                reason="out of range",
-            )
-        identifier = id or uuid7()
-        topic = self._topic(row.topic, {"target": target, "service": row.ask.service, "verb": row.ask.verb})
-        response_topic = topics.REPLY.format_topic(node=target, asker=self.node, client=self.client)
-
-        deadline_s = time.monotonic() + ttl_ms / 1000
-
-        def encode(left_ms: int) -> tuple[bytes, RequestProperties]:
-            payload = codec.encode(
-                message, source=self.source, row=row, id=identifier, reply_to=self.client, ttl_ms=left_ms
-            )
-            check_size(topic, payload)
-            return payload, RequestProperties(-(-left_ms // 1000), response_topic, identifier.encode())
-
-        ready: tuple[bytes, RequestProperties] | None = encode(ttl_ms)  # what can never be sent is refused here
-
-        def send(wait_s: float = 0.0) -> bool:
-            nonlocal ready
-            # Without a connection it is not handed over: in the client library it would wait without growing old,
-            # and could be carried out long after its time. The next connection sends it.
-            if not self._connection.connected.is_set():
-                return True
-            if not self._publisher.take_room(wait_s):
-                return False
-            try:
-                # The first time it has just been packed; later with what is left of its time.
-                left_ms = max(1, round((deadline_s - time.monotonic()) * 1000))
-                fresh, ready = ready if ttl_ms - left_ms < FRESH_MS else None, None
-                payload, properties = fresh or encode(left_ms)
-            except BaseException:
-                self._publisher.free(1)
-                raise
-            self._publisher.hand_over(Packet(topic, payload, False), properties)
-            return True
-
-        what = f"asking {target}/{row.ask.service} to {row.ask.verb}"
-        future = self._asks.open(
-            identifier, what, node=target, reply_type=row.ask.reply, deadline_s=deadline_s, send=send
-        )
-        try:
-            if not send(ttl_ms / 1000):
-                self._asks.fail(identifier, self._publisher.overloaded(topic, ttl_ms / 1000))
-        except MindstreamError as error:
-            self._asks.fail(identifier, error)
-        return future
+        return self._asker.ask(target, message, ttl_ms, id)
 
     def send_reply(self, asker: str, client: str, payload: bytes) -> None:
         """Publish the encoded answer to an ask of ``client`` on node ``asker``."""
@@ -352,7 +292,7 @@ class Bus:
                 log.warning("an event could not be said: %s", error)
 
     def _topic(self, topic: Topic, names: dict[str, str]) -> str:
-        return _topic_of(topic, (("node", self.node), *names.items()))
+        return topic_of(topic, (("node", self.node), *names.items()))
 
     def _must_not_wait(self) -> bool:
         """Whether this thread is one that the broker may be waiting for.

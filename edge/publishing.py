@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from edge.connection import Connection
@@ -17,7 +18,7 @@ from edge.counters import Counters
 from edge.mqtt_client import Packed
 from edge.wire_properties import RequestProperties
 from protocol.errors import MessageTooLarge, Overloaded
-from protocol.topics import MAX_PACKET_BYTES
+from protocol.topics import MAX_PACKET_BYTES, Topic
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ def check_size(topic: str, payload: bytes) -> None:
             f"publishing on {topic}: {len(payload):,} bytes, the broker takes {MAX_PACKET_BYTES:,}",
             topic=topic,
         )
+
+
+@lru_cache(maxsize=4096)
+def topic_of(topic: Topic, names: tuple[tuple[str, str], ...]) -> str:
+    """The concrete topic; the same few are made again and again. Raises WrongTopic."""
+    return topic.format_topic(**dict(names))
 
 
 class Publisher:
