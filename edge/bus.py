@@ -13,6 +13,7 @@ The connection and its life stand in ``edge.connection``, the window in ``edge.p
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
