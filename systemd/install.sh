@@ -20,7 +20,7 @@ usage: install.sh [install|upgrade] [options]    install, or upgrade what is ins
   --node NAME         name of this node, for a configuration that is not there yet (default: the machine's name)
   --broker URL        its broker, likewise (default: mqtt://127.0.0.1:1883, a Mosquitto on this machine)
   --ready-timeout S   how long a service may take until it says READY; an upgrade then goes back (default: 120)
-  --root DIR          install below DIR, as into an image: no user is made, nothing is started
+  --root DIR          a trial below DIR: no user is made, nothing is started (an image: run this in a chroot instead)
   --no-systemctl      neither enable nor start anything
   --systemctl PROGRAM in place of systemctl
 TEXT
@@ -98,8 +98,9 @@ find_python() {
 
 on_system() { [ "$on_system" = yes ]; }
 
-# systemctl, where there is one to ask.
-manage() { [ -z "$systemctl" ] || "$systemctl" "$@"; }
+# In a chroot, where an image is made, units can be enabled and nothing can be started.
+offline() { [ "$("$systemctl" is-system-running 2>/dev/null || true)" = offline ]; }
+reload() { [ -z "$systemctl" ] || offline || "$systemctl" daemon-reload; }
 property() { "$systemctl" show --property="$1" --value "$2"; }
 
 # What runs now: a version's folder name, or nothing.
@@ -269,12 +270,11 @@ activate() {
     make_user
     make_folders
     switch_to "$new"
-    manage daemon-reload
-    if [ -z "$systemctl" ]; then
-        if [ -n "$root" ] && [ -z "$old" ] && command -v systemctl >/dev/null; then
-            # shellcheck disable=SC2046 # one word a unit
-            systemctl --quiet --root="$root" enable mindstream.target $(wanted_units "$versions/$new")
-        fi
+    reload
+    [ -n "$systemctl" ] || return 0
+    if offline; then
+        # shellcheck disable=SC2046 # one word a unit
+        "$systemctl" enable --quiet mindstream.target $(wanted_units "$versions/$new")
         return 0
     fi
     wanted=$(wanted_units "$versions/$new")
@@ -318,7 +318,7 @@ go_back() {
     say "$1 did not get ready: $(property ActiveState "$1"), $(property StatusText "$1")"
     switch_to "$old"
     "$versions/$old/bin/mindstream" units render --out "$units"
-    "$systemctl" daemon-reload
+    reload
     for unit in $done_with; do
         if among "$unit" "$before"; then
             restart "$unit" active || say "$unit is not ready either: $(property StatusText "$unit")"
@@ -365,7 +365,7 @@ install() {
         "$current/bin/mindstream" units render --out "$units"
         make_user
         make_folders
-        manage daemon-reload
+        reload
         say "mindstream $new is installed already"
         return 0
     fi
@@ -380,7 +380,7 @@ install() {
 # --- the rest -------------------------------------------------------------------------------------------------------
 
 uninstall() {
-    if [ -n "$systemctl" ] && [ -L "$current" ]; then
+    if [ -n "$systemctl" ] && [ -L "$current" ] && ! offline; then
         "$systemctl" disable --quiet --now mindstream.target || true
         for unit in $(wanted_units "$current" || true); do "$systemctl" disable --quiet --now "$unit" || true; done
     fi
@@ -395,7 +395,7 @@ uninstall() {
         sed -i "\\#^ExecStartPre=.*$home/.* broker check#d" "$mosquitto"
         say "left $mosquitto, without its check by mindstream"
     fi
-    manage daemon-reload
+    reload
     rm -rf "$home" "$command"
     if [ "$purge" = no ]; then
         say "mindstream is removed; its data stay in $state, its configuration in $(dirname "$config")"

@@ -93,14 +93,14 @@ def test_a_service_is_ready_when_its_broker_is_and_says_that_it_lives(
 ) -> None:
     mosquitto_broker.stop()
     config = write_config(tmp_path, mosquitto_broker.url, NO_MODEL)
-    with started(service(name), config, tmp_path, watchdog_s=2.0) as unit:
+    with started(service(name), config, tmp_path, watchdog_s=1.0) as unit:
         # It waits for its broker, and asks for the time to do so.
         unit.heard.wait("STATUS=waiting for the broker")
         assert unit.heard.lines[0] == "EXTEND_TIMEOUT_USEC=20000000"
         assert "READY=1" not in unit.heard.lines
         mosquitto_broker.start()
         unit.heard.wait("READY=1")
-        unit.heard.wait("WATCHDOG=1", 3)
+        unit.heard.wait("WATCHDOG=1", 2)
         assert unit.heard.status.startswith("degraded" if name == "model_runner" else "ready")
         assert unit.stop() == 0
         unit.heard.wait("STOPPING=1")
@@ -122,14 +122,14 @@ def test_a_service_that_is_stopped_by_a_signal_feeds_no_watchdog(
     mosquitto_broker: MosquittoBroker, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, mosquitto_broker.url)
-    with started(service("sync_bridge"), config, tmp_path, watchdog_s=2.0) as unit:
+    with started(service("sync_bridge"), config, tmp_path, watchdog_s=1.0) as unit:
         unit.heard.wait("WATCHDOG=1")
         unit.process.send_signal(signal.SIGSTOP)
         state = Path(f"/proc/{unit.process.pid}/stat")
         wait_for(lambda: state.read_text().split()[2] == "T", "it is not stopped")
         threading.Event().wait(0.3)  # what it had said before is read
         said = unit.heard.count("WATCHDOG=1")
-        threading.Event().wait(2.5)  # longer than the watchdog's patience, and nothing to wait for
+        threading.Event().wait(1.5)  # longer than the watchdog's patience, and nothing to wait for
         assert unit.heard.count("WATCHDOG=1") == said
         unit.process.send_signal(signal.SIGCONT)
         unit.heard.wait("WATCHDOG=1", said + 1)
@@ -148,7 +148,7 @@ def test_a_stuck_service_feeds_no_watchdog_and_shows_where_it_is(
 ) -> None:
     config = write_config(tmp_path, mosquitto_broker.url)
     with (
-        started([MISBEHAVING, how], config, tmp_path, watchdog_s=2.0) as unit,
+        started([MISBEHAVING, how], config, tmp_path, watchdog_s=1.0) as unit,
         Bus(url=mosquitto_broker.url, node="sprout", client="tester") as bus,
     ):
         unit.heard.wait("WATCHDOG=1", 2)
@@ -161,7 +161,7 @@ def test_a_stuck_service_feeds_no_watchdog_and_shows_where_it_is(
         else:
             wait_for(lambda: "the main loop hangs" in unit.log, "it does not hang")
         said = unit.heard.count("WATCHDOG=1")
-        threading.Event().wait(2.5)
+        threading.Event().wait(1.5)
         assert unit.heard.count("WATCHDOG=1") == said
         # What systemd does then.
         unit.process.send_signal(signal.SIGABRT)
