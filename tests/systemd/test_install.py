@@ -143,6 +143,7 @@ def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(de
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_upgrade_over_a_running_node_comes_whole_or_not_at_all(
     device: Device, wheelhouse: Path, tmp_path: Path
 ) -> None:
