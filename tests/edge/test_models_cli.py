@@ -102,8 +102,13 @@ def test_ctrl_c_keeps_what_came_and_says_so(server: FileServer, cache: Path) -> 
     assert child.returncode == 130
     assert "stopped: 2 MB are kept; the same command goes on there" in said
     assert "Traceback" not in said
-    # The next pull goes on.
-    again = run("pull", server.url("/tiny.onnx"), "--sha256", DIGEST)
+    listed = {each["model"]["name"]: each for each in json.loads(run("list", "--json").stdout)}["tiny"]
+    assert (listed["files"], listed["pulled_bytes"], listed["how_to_get"]) == (
+        None,
+        1_500_000,
+        "mindstream models pull tiny",
+    )
+    again = run("pull", "tiny")  # its name is known from the first byte on
     assert again.returncode == 0, again.stderr
     assert server.ranges_asked() == ["", "bytes=1500000-"]
 
