@@ -362,8 +362,8 @@ class Bus:
         reason = str(ReasonCode(PacketTypes.PUBACK, identifier=code))
         error = NotAuthorized(
             f"publishing on {topic}: the broker refused it: {reason} ({code})",
-            hint=f"its ACL must let {self.username or 'a client without a name'} write {topics.ROOT}/{self.node}/#; "
-            "broker.username and broker.password_file say who this is",
+            hint=f"its ACL must let {self.username or 'a client without a name'} write that; `mindstream broker user` "
+            f"lets a name write {topics.ROOT}/NAME/# alone, and this client speaks for {self.node}",
             topic=topic,
             field="broker.username",
             reason=reason,

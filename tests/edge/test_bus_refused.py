@@ -147,7 +147,8 @@ def test_a_refused_ask_fails_at_once_and_names_its_topic(guarded: Mosquitto, mak
         asker.start()
         with pytest.raises(NotAuthorized, match="mindstream/v1/tomato/ask/sprout/memory_store/put") as caught:
             asker.ask("sprout", MemoryPut(text="a"), ttl_ms=600_000)
-        assert "mindstream/v1/tomato/#" in caught.value.hint
+        assert "let sprout write that" in caught.value.hint
+        assert "speaks for tomato" in caught.value.hint
         assert caught.value.field == "broker.username"
         assert asker.counters["refused.publish"] >= 1
         rightly = make_bus(guarded.port, "tomato", client="right", username="tomato", password=PASSWORD)
