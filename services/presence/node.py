@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from protocol.messages import ServiceState
 
 SETTLED = frozenset({"ready", "degraded", "failed"})
@@ -25,6 +23,8 @@ def speaks_still(state: ServiceState) -> bool:
     """
     if not state.pid:
         return False
+    import psutil  # a tenth of this service's start, and not needed at a node's first
+
     try:
         return bool(psutil.Process(state.pid).create_time() <= state.time_us / 1e6 + _CLOCK_S)
     except psutil.Error:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +28,8 @@ from edge.cli.status import view
 from edge.config import load_config
 from edge.status import Status, StatusWatch
 from protocol.messages import NodeState, ServiceState
-from tests.edge.test_cli import mindstream
-from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.edge.test_cli import PROGRAM, mindstream
+from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
 
 Say = Callable[..., None]
 
@@ -225,6 +233,43 @@ def test_it_is_readable_in_100_columns(config: Path, say: Say) -> None:
     text = "\n".join(lines)
     for word in ("greenhouse-north-2", "memory_store", "model_runner", "degraded", "refused.not_found", "0.1.0"):
         assert word in text or word in text.replace("\n", ""), word
+
+
+def test_watching_shows_changes_until_ctrl_c(config: Path, say: Say) -> None:
+    say("tomato", state="init")
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    watching = subprocess.Popen(
+        [*PROGRAM, "--config", str(config), "status", "--watch"],
+        cwd=CHECKOUT,
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "xterm"},
+        # In the background a shell has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    os.close(end)
+    seen = b""
+
+    def sees(word: bytes) -> bool:
+        nonlocal seen
+        with suppress(OSError):  # EIO: the other side has closed it
+            while select.select([terminal], [], [], 0)[0]:
+                seen += os.read(terminal, 65_536)
+        return word in seen
+
+    try:
+        wait_for(lambda: sees(b"init"), "nothing is shown")
+        say("tomato", state="sleeping")
+        wait_for(lambda: sees(b"sleeping"), "the change is not shown")
+        watching.send_signal(signal.SIGINT)
+        wait_for(lambda: sees(b"") and watching.poll() is not None, "it does not end")
+        assert watching.returncode == 0
+        assert b"Traceback" not in seen
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(terminal)
 
 
 def test_what_peers_say_moves_no_cursor(config: Path, say: Say) -> None:
