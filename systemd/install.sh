@@ -360,6 +360,13 @@ install() {
     version=$(basename "$wheel" | cut -d- -f2)
     new=$version-$(digest)
     [ -f "$versions/$new/complete" ] || build "$new"
+    if [ "$new" = "$old" ] && [ ! -f "$versions/$new/active" ]; then
+        # An earlier run was cut short while it restarted services: once more, from the version before.
+        old=''
+        for folder in "$versions"/*; do
+            [ "$folder" = "$versions/$new" ] || [ ! -f "$folder/active" ] || old=$(basename "$folder")
+        done
+    fi
     if [ "$new" = "$old" ]; then
         # Nothing new to run: what belongs around it is put right, and nothing is restarted.
         "$current/bin/mindstream" units render --out "$units"
@@ -370,6 +377,7 @@ install() {
         return 0
     fi
     activate "$new" "$old"
+    : >"$versions/$new/active"
     remove_old_versions "$new" "${old:-$new}"
     say "mindstream $new is installed${old:+; $old is kept beside it}"
     if [ -z "$old" ] && on_system; then

@@ -130,8 +130,13 @@ def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(de
     assert edited.with_name(f"{edited.name}.orig").read_text().endswith("MemoryMax=3G\n")
     assert [device.manager.pid(name) for name in UNITS] == pids
 
+    check = f"ExecStartPre=+{device.root}/opt/mindstream/current/bin/mindstream broker check /etc/mosquitto/x.conf"
+    mosquitto = device.units / "mosquitto.service.d" / "mindstream.conf"
+    mosquitto.parent.mkdir()
+    mosquitto.write_text(f"[Service]\n{check}\nExecStart=\n")
     done = device.install("uninstall")
     assert "its data stay" in done.stdout
+    assert mosquitto.read_text() == "[Service]\nExecStart=\n"  # it would not start without the program that has gone
     assert device.manager.state(MEMORY) == "inactive"
     assert not (device.root / "opt/mindstream").exists()
     assert not list(device.units.rglob("10-mindstream.conf"))
@@ -186,6 +191,13 @@ def test_an_upgrade_over_a_running_node_comes_whole_or_not_at_all(
         assert recalled(bus) == ["The key is under the pot."]
         second = remember(bus, "The pot is by the river.")
         assert (second.log_id, second.seq) == (stored.log_id, stored.seq + 1)
+
+        # Had that run been cut short, the next one restarts what may still run the old version.
+        (device.root / "opt/mindstream/current/active").unlink()
+        del device.manager.started[:]
+        assert f"{first} is kept" in device.install("--wheelhouse", better).stdout
+        assert [name for name, _ in device.manager.started] == [PRESENCE, MEMORY]
+        assert "installed already" in device.install("--wheelhouse", better).stdout
 
         # One that refuses the configuration, the key being unknown to it, is not begun with.
         strict = other_version(

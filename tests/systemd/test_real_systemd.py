@@ -80,6 +80,7 @@ def test_a_node_lives_its_life_under_systemd(machine: PrivateSystemd) -> None:
         assert machine.property(unit, "ActiveState") == "active"
         assert machine.property(unit, "StatusText").startswith("ready")
     machine.run("mindstream", "units", "check")
+    assert "sprout runs under systemd: presence, memory_store, sync_bridge" in machine.run("mindstream", "doctor")
     machine.run("mindstream", "remember", "The key is under the pot.")
     assert recall(machine) == ["The key is under the pot."]
 
@@ -107,6 +108,7 @@ def test_a_node_lives_its_life_under_systemd(machine: PrivateSystemd) -> None:
         lambda: machine.property(MEMORY, "StatusText").startswith("waiting for the broker"), "it does not wait", 30.0
     )
     assert machine.property("mindstream.target", "ActiveState") == "active"
+    assert "memory_store is activating (waiting for the broker" in machine.run("mindstream", "doctor", check=False)
     machine.run("systemctl", "unmask", "--runtime", "mosquitto")
     machine.run("systemctl", "start", "mosquitto")
     for unit in CORE:
