@@ -34,7 +34,8 @@ from paho.mqtt.exception import MalformedPacket
 READ_BYTES = 128 * 1024
 """Read at once, and written at once when there are several packets."""
 CORKED_PACKETS = 32
-"""So many packets are held back at most before they are written together."""
+CORKED_S = 0.005
+"""So many packets are held back at most, and about so long, before they are written together."""
 _PUBLISH, _PUBACK, _DISCONNECT = 0x30, 0x40, 0xE0
 _OF_QOS_2 = (0x50, 0x70)
 """PUBREC and PUBCOMP."""
@@ -118,7 +119,7 @@ class FastClient(paho.Client):
         """The first bytes that came by this connection."""
         # Held to write to the socket and to close it; taken after _out_message_mutex where both are.
         self._writing = threading.Lock()
-        self._corked = False
+        self._corked_until_s = 0.0
         self.turned_s = time.monotonic()
         """When the network thread last went round its loop, ``time.monotonic()``."""
         self.wake_at_s = math.inf
@@ -195,11 +196,11 @@ class FastClient(paho.Client):
     @contextlib.contextmanager
     def corked(self) -> Iterator[None]:
         """Hold back what is said meanwhile, and write it together. One thread at a time."""
-        self._corked = True
+        self._corked_until_s = time.monotonic() + CORKED_S
         try:
             yield
         finally:
-            self._corked = False
+            self._corked_until_s = 0.0
             self._write_soon()
 
     def _packed_publish(self, message: Outgoing) -> bytes:
@@ -228,7 +229,7 @@ class FastClient(paho.Client):
         """Have what waits written: now, by this thread, where that can be; else by the network thread."""
         if threading.get_ident() == self._network_thread:
             return  # it writes before it waits again
-        if self._corked and len(self._out_packet) < CORKED_PACKETS:
+        if self._corked_until_s and len(self._out_packet) < CORKED_PACKETS and time.monotonic() < self._corked_until_s:
             return
         # A TLS connection is no matter for two threads.
         if not self._ssl and self._thread is not None:

@@ -19,7 +19,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge.mqtt_client import FastClient, Outgoing, Owner, packed_length
+from edge.mqtt_client import CORKED_PACKETS, FastClient, Outgoing, Owner, packed_length
 from edge.wire_properties import RequestProperties
 
 V5, V3 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
@@ -365,7 +365,8 @@ def test_what_several_threads_say_at_once_goes_out_whole_and_each_thread_in_orde
         speaker.join()
 
 
-def test_what_is_corked_goes_out_together_at_the_end(stack: ExitStack) -> None:
+def test_what_is_corked_goes_out_together_at_the_end(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.mqtt_client.CORKED_S", 60.0)
     client = fast_client([], version=V3)
     wire = Wire(client, stack)
     client._thread = threading.current_thread()  # as if there was one: none is needed to write
@@ -376,6 +377,14 @@ def test_what_is_corked_goes_out_together_at_the_end(stack: ExitStack) -> None:
         with pytest.raises(BlockingIOError):
             wire.there.recv(100)
     assert wire.there.recv(100) == b"\x40\x02\0\1\x40\x02\0\2\x40\x02\0\3"
+    with client.corked():
+        for _ in range(CORKED_PACKETS):
+            client.ack(1)
+        assert wire.there.recv(1000) == b"\x40\x02\0\1" * CORKED_PACKETS, "so many are not held back"
+        monkeypatch.setattr("edge.mqtt_client.CORKED_S", 0.0)
+    with client.corked():
+        client.ack(2)
+        assert wire.there.recv(1000) == b"\x40\x02\0\2", "nor for so long"
     client._thread = None
 
 
