@@ -14,7 +14,8 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from protocol.errors import NotConnected, TrustError, WrongTopic
+from edge import connect_faults
+from protocol.errors import NotConnected, WrongTopic
 from protocol.topics import MAX_PACKET_BYTES
 
 KEEPALIVE_S = 15
@@ -35,8 +36,19 @@ _PINGREQ, _PINGRESP, _DISCONNECT = 0xC0, 0xD0, 0xE0
 RETAIN, QOS_BITS, DUP = 0x01, 0x06, 0x08
 """Bits of a PUBLISH's first byte (section 3.3.1)."""
 _NOT_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-_UNSUPPORTED_VERSION = {0x01, 0x84}
-_NOT_AUTHORIZED = {0x04, 0x05, 0x86, 0x87}
+_UNSUPPORTED_VERSION = 0x84
+_REASONS_OF_3_1_1 = {1: 0x84, 2: 0x85, 3: 0x88, 4: 0x86, 5: 0x87}
+"""Return codes of 3.1.1 (its section 3.2.2.3) as reason codes of 5."""
+_REASONS = {
+    0x84: "Unsupported protocol version",
+    0x85: "Client identifier not valid",
+    0x86: "Bad user name or password",
+    0x87: "Not authorized",
+    0x88: "Server unavailable",
+    0x89: "Server busy",
+    0x8A: "Banned",
+    0x8C: "Bad authentication method",
+}
 _SESSION_EXPIRY, _RECEIVE_MAXIMUM, _MAXIMUM_PACKET, _MESSAGE_EXPIRY = 0x11, 0x21, 0x27, 0x02
 _WIDTH = {
     **dict.fromkeys((0x01, 0x17, 0x19, 0x24, 0x25, 0x28, 0x29, 0x2A), 1),
@@ -97,11 +109,13 @@ class WireClient:
         self.client_id = client_id
         self._host, self._port = parts.hostname, parts.port or (8883 if parts.scheme == "mqtts" else 1883)
         self._tls = ssl.create_default_context(cafile=ca_file or None) if parts.scheme == "mqtts" else None
-        self._username, self._password = username, password
+        self._username, self._password, self._ca_file = username, password, ca_file
         self._session_expiry_s = session_expiry_s
         self._level = {"auto": 5, "5": 5, "3.1.1": 4}[protocol]
         self._fall_back = protocol == "auto"
         self._sock: socket.socket | None = None
+        self._asked = False
+        """CONNECT was sent: what fails from then on is the broker's answer."""
         self._data = b""
         self._topics: dict[bytes, str] = {}
         self._sent_s = self._heard_s = 0.0
@@ -130,38 +144,42 @@ class WireClient:
     # --- life ---------------------------------------------------------------------------------------------------
 
     def connect(self, *, clean_start: bool = True) -> bool:
-        """Connect; whether the broker still had this client's session. Raises NotConnected, TrustError."""
-        self.drop()
-        try:
-            reason, present = self._handshake(clean_start)
-            if reason in _UNSUPPORTED_VERSION and self._fall_back and self._level == 5:
-                self.drop()
-                self._level = 4
+        """Connect; whether the broker still had this client's session. Raises NotConnected."""
+        for level in (5, 4) if self._level == 5 and self._fall_back else (self._level,):
+            self.drop()
+            self._level, self._asked, self._data = level, False, b""
+            try:
                 reason, present = self._handshake(clean_start)
-        except ssl.SSLError as error:
-            self.drop()
-            raise TrustError(
-                f"connecting to {self.url}: {error.reason or error}",
-                hint="broker.ca_file names the CA certificates; is this a TLS port?",
-                reason="TLS",
-            ) from None
-        except (OSError, IndexError) as error:
-            self.drop()
-            raise NotConnected(
-                f"connecting to {self.url}: {_why(error)}",
-                hint="is the broker running there? `mindstream doctor` looks",
-                reason="unreachable",
-            ) from None
-        if reason:
-            self.drop()
-            raise NotConnected(
-                f"connecting to {self.url}: the broker refused, reason {reason}",
-                hint="broker.username and broker.password_file say who this node is"
-                if reason in _NOT_AUTHORIZED
-                else "see the broker's log",
-                reason="refused",
+            except (OSError, IndexError) as error:
+                if level == 5 and self._fall_back and self._asked and isinstance(error, ConnectionError):
+                    continue  # some brokers without MQTT 5 close the connection over it
+                raise self._not_connected(self._why_not(error)) from None
+            if not reason:
+                self._fall_back = False  # a broker that is starting again must not make it an older one
+                return present
+            if reason == _UNSUPPORTED_VERSION and self._fall_back and level == 5:
+                continue
+            version, name = ("5" if level == 5 else "3.1.1"), _REASONS.get(reason, "refused")
+            raise self._not_connected(
+                connect_faults.of_connack(reason, name, self.url, self.client_id, self._username, version)
             )
-        return present
+        raise AssertionError("the last level either connects or raises")
+
+    def _why_not(self, error: Exception) -> connect_faults.Fault:
+        if self._asked:  # TCP and TLS stand; it was the answer to our CONNECT that failed
+            silent = isinstance(error, TimeoutError)
+            return connect_faults.of_silence(self.url, self._data[:16], timed_out=silent)
+        if isinstance(error, OSError):
+            return connect_faults.of_error(error, self.url, self._ca_file)
+        return connect_faults.Fault(_why(error), "unreachable")
+
+    def _not_connected(self, fault: connect_faults.Fault) -> NotConnected:
+        self.drop()
+        if self._fall_back:
+            self._level = 5
+        return NotConnected(
+            f"connecting to {self.url}: {fault.text}", hint=fault.hint, field=fault.field, reason=fault.reason
+        )
 
     def _handshake(self, clean_start: bool) -> tuple[int, bool]:
         """CONNECT and CONNACK: reason and whether a session was there. Raises OSError."""
@@ -178,7 +196,7 @@ class WireClient:
             body += bytes((len(properties),)) + properties
         for text in [self.client_id] + [t for t in (self._username, self._username and self._password) if t]:
             body += _field(text.encode())
-        self._data = b""
+        self._asked = True
         self._outgoing.clear()
         self._unacknowledged.clear()
         self._heard_s = time.monotonic()
@@ -188,7 +206,9 @@ class WireClient:
         if self._level == 5 and len(answer) > 2:
             granted = _properties(answer, 2)[0].get(_RECEIVE_MAXIMUM, 65_535)
             self._window = min(PUBLISH_WINDOW, granted)
-        return answer[1], bool(answer[0] & 1)
+        # A broker without MQTT 5 may answer in the form of 3.1.1.
+        reason = _REASONS_OF_3_1_1.get(answer[1], answer[1]) if len(answer) == 2 else answer[1]
+        return reason, bool(answer[0] & 1)
 
     def subscribe(self, filter: str) -> None:
         """Subscribe with QoS 1, retained messages first, and their flag as published. Raises NotConnected."""
@@ -202,11 +222,8 @@ class WireClient:
         except (OSError, IndexError) as error:
             raise self._lost(_why(error)) from None
         if answer[-1] >= 0x80:
-            raise NotConnected(
-                f"subscribing to {filter} at {self.url}: the broker refused, reason {answer[-1]}",
-                hint="may this name read that? see the broker's ACL",
-                reason="refused",
-            )
+            reason = _REASONS.get(answer[-1], f"reason {answer[-1]}")
+            raise self._not_connected(connect_faults.of_subscriptions({filter: reason}, self._username))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Wait for what is under way, say goodbye, forget the session."""

