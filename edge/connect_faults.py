@@ -13,6 +13,7 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+CLOSED_AGAIN = "closed again and again"
 PROBE_TIMEOUT_S = 2.0
 _TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 """An alert and a handshake (RFC 8446 section 5.1)."""
@@ -169,6 +170,23 @@ def of_silence(url: str, began: bytes, *, timed_out: bool = False) -> Fault:
         )
     wants = "its log says why; it may want a client certificate, which is not supported" if tls else "its log says why"
     return Fault(f"{host}:{port} closes the connection over the first packet", "closed by the broker", hint=wants)
+
+
+def of_losses(client_id: str, *, taken_over: bool) -> Fault:
+    """The broker accepts connections and soon ends them, again and again.
+
+    Args:
+        taken_over: it said that another has connected under this id (MQTT 5 reason 0x8E; Mosquitto 2.0 does not say).
+    """
+    return Fault(
+        f"another client has connected as {client_id}"
+        if taken_over
+        else f"the broker ends each connection of {client_id} soon after it has accepted it",
+        CLOSED_AGAIN,
+        hint="does another node have this node's name, or does this one run twice? the broker's log says why",
+        field="node.name",
+        lasting=True,
+    )
 
 
 def of_subscriptions(refused: dict[str, str], username: str) -> Fault:

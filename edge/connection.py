@@ -40,6 +40,8 @@ SESSION_EXPIRY_S = 7 * 24 * 3600
 RECONNECT_MIN_S, RECONNECT_MAX_S = 0.2, 10.0
 PATIENT_MIN_S, PATIENT_MAX_S = 2.0, 30.0
 """Between tries when only a person can mend it: a wrong password tried often looks like an attack."""
+QUICK_LOSS_S, QUICK_LOSSES = 5.0, 3
+"""So many connections in a row that last no longer than this are a fault."""
 SUBSCRIBE_AGAIN_S = 10.0
 NETWORK_TURN_S = 1.0
 """paho's network thread turns at least this often while it is connected."""
@@ -121,6 +123,9 @@ class Connection:
         self._fell_back = False
         self._answered = True
         """Whether the CONNECT under way had a CONNACK."""
+        self._connected_s = 0.0
+        self._quick_losses = 0
+        """Connections in a row that ended soon after they began."""
         self._patient = False
         """Whether connecting is tried less often: only a person can mend it."""
         self._unsubscribed: dict[int, list[str]] = {}
@@ -278,6 +283,7 @@ class Connection:
 
     def _on_connect_error(self, error: OSError) -> None:
         self._answered = True  # nobody closes it without a word: it never was
+        self._quick_losses = 0  # the broker was away: that explains the loss
         self._set_fault(connect_faults.of_error(error, self.url, self._ca_file))
 
     def _on_connack(self, code: int) -> bool:
@@ -309,7 +315,9 @@ class Connection:
             self._counters.add("refused.connection")
             self._set_fault(self._refused_by_connack(reason.value, str(reason), self._version.version))
             return
+        before = self.fault
         self._set_fault(None)
+        self._connected_s = time.monotonic()
         self.count += 1
         self._listener.on_up(getattr(properties, "ReceiveMaximum", 65_535) if properties is not None else 65_535)
         with self._subscribing:
@@ -320,6 +328,8 @@ class Connection:
         if self.count > 1:
             self._counters.add("reconnected")
         self._say_version()
+        if before is not None and before.reason == connect_faults.CLOSED_AGAIN:
+            self._events.report("connection-unstable", "error", f"{self.source}: {before.text}; {before.hint}")
         if self.count > 1 and self._durable and not flags.session_present:
             self._counters.add("sessions_lost")
             self._events.report(
@@ -354,7 +364,8 @@ class Connection:
         with self._news:
             self.fault = fault
             self._news.notify_all()
-        if (patient := fault is not None and fault.lasting) != self._patient:
+        patient = (fault is not None and fault.lasting) or self._quick_losses >= QUICK_LOSSES
+        if patient != self._patient:
             self._patient = patient
             least_s, most_s = (PATIENT_MIN_S, PATIENT_MAX_S) if patient else (RECONNECT_MIN_S, RECONNECT_MAX_S)
             self.client.reconnect_delay_set(least_s, most_s)  # type: ignore[arg-type]
@@ -375,6 +386,10 @@ class Connection:
         if self.stopping:
             return
         if was_connected:
+            self._quick_losses = self._quick_losses + 1 if time.monotonic() - self._connected_s < QUICK_LOSS_S else 0
+            taken_over = reason.value == _SESSION_TAKEN_OVER
+            if taken_over or self._quick_losses >= QUICK_LOSSES:
+                self._set_fault(connect_faults.of_losses(self._client_id, taken_over=taken_over))
             self._version.lost()
             self._counters.add("disconnected")
             log.warning("%s lost its connection to %s: %s", self.source, self.url, reason)
@@ -430,5 +445,5 @@ def _no_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
 _PAHO_VERSIONS = {MQTT_5: MQTTProtocolVersion.MQTTv5, MQTT_3_1_1: MQTTProtocolVersion.MQTTv311}
 _CONNACK = b"\x20"
 _UNSUPPORTED_VERSION_3, _UNSUPPORTED_VERSION_5 = 0x01, 0x84
-_KEEP_ALIVE_TIMEOUT = 0x8D
+_KEEP_ALIVE_TIMEOUT, _SESSION_TAKEN_OVER = 0x8D, 0x8E
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)

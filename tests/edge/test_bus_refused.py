@@ -26,6 +26,7 @@ from broker.mosquitto import INSTALL_HINT, MosquittoBroker, find_mosquitto
 from edge.bus import Bus
 from edge.cli.context import EXIT_UNREACHABLE
 from edge.config import load_config
+from edge.connection import PATIENT_MIN_S
 from edge.doctor import _configured_broker
 from edge.keys import Peers, load_or_create_identity
 from edge.service import Context, Service, hears
@@ -133,6 +134,19 @@ def test_doctor_and_status_say_which_key_to_look_at(guarded: Mosquitto, tmp_path
         assert "wrong but" not in status.stderr + status.stdout
         password.write_text(PASSWORD)
         assert _configured_broker(load_config(file, environ={})).verdict == "ok"
+
+
+def test_two_of_one_name_are_told_so_and_do_not_fight_hot(
+    mosquitto_broker: MosquittoBroker, make_bus: OpenBus, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = [make_bus(mosquitto_broker.port) for _ in range(2)]
+    for bus in both:
+        bus.start(timeout_s=None)
+    wait_until(lambda: any(bus.counters["event.connection-unstable"] for bus in both), "one of them says so")
+    assert "the broker ends each connection of mindstream-sprout-memory_store" in caplog.text
+    assert "does another node have this node's name" in caplog.text
+    told = next(bus for bus in both if bus.counters["event.connection-unstable"])
+    assert told._connection.client._reconnect_min_delay == PATIENT_MIN_S
 
 
 # --- rights ---------------------------------------------------------------------------------------------------
