@@ -24,24 +24,25 @@ _BARE = "[Service]\nType=notify\nExecStart={program} %i\n"
 
 def run(*, quick: bool = False, progress: Progress = silent) -> Figures:
     """Measure; without systemd-analyze every figure is null. Raises StorageError when it prints no figure."""
-    found: dict[str, float | None] = {row.name: None for row in SERVICES}
+    names = {**{row.name: units.instance(row.name) for row in SERVICES}, "sleep": units.SLEEP}
+    found: dict[str, float | None] = dict.fromkeys(names)
     bare: float | None = None
     if shutil.which("systemd-analyze") is None:
         progress("systemd-analyze is not installed: nothing is measured (apt-get install systemd)")
     else:
-        with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as name:
-            folder = Path(name)
+        with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as temporary:
+            folder = Path(temporary)
             units.write(folder, runner=Path(sys.executable))
             (folder / "bare@.service").write_text(_BARE.format(program=sys.executable))
             bare = _exposure(folder, "bare@service.service")
-            for service in found:
-                found[service] = _exposure(folder, units.instance(service))
-                progress(f"{units.instance(service)}: {found[service]}")
+            for name, unit in names.items():
+                found[name] = _exposure(folder, unit)
+                progress(f"{unit}: {found[name]}")
     measured = {name: exposure for name, exposure in found.items() if exposure is not None}
     worst = max(measured, key=lambda name: measured[name], default=None)
     return {
         "worst_exposure": None if worst is None else measured[worst],
-        "worst_unit": None if worst is None else units.instance(worst),
+        "worst_unit": None if worst is None else names[worst],
         **{f"exposure_{name}": exposure for name, exposure in found.items()},
         "bare_exposure": bare,
         "machine": machine(),

@@ -1,8 +1,9 @@
 """The systemd units of a device, rendered from the service table.
 
 `mindstream.target` groups them; `mindstream@.service` is every service, hardened; a drop-in for each service says what
-that one needs beyond it. Each file's first line holds a digest of the rest, so that an edit by hand is found: changes
-belong into a drop-in of one's own (`systemctl edit mindstream@NAME`), which stays over upgrades.
+that one needs beyond it; `mindstream-sleep.service` says that the machine is suspended. Each file's first line holds a
+digest of the rest, so that an edit by hand is found: changes belong into a drop-in of one's own (`systemctl edit
+mindstream@NAME`), which stays over upgrades.
 
 The units suit systemd 247 and later; what 252 (Debian 12) does not know (RestartSteps=) is left out, so that
 `systemd-analyze verify` has nothing to say.
@@ -27,6 +28,7 @@ RUNNER = Path("/opt/mindstream/current/bin/mindstream-service")
 """A program of the installed version: its first line names that version's interpreter by its true path, so a service
 that runs on while `current` is switched to another version goes on importing its own."""
 TARGET, TEMPLATE, DROP_IN = "mindstream.target", "mindstream@.service", "10-mindstream.conf"
+SLEEP = "mindstream-sleep.service"
 WANTS = "mindstream.target.wants"
 CREDENTIALS = Path("/etc/mindstream/credentials")
 START_TIMEOUT_S = 600
@@ -47,21 +49,7 @@ Before=shutdown.target
 WantedBy=multi-user.target
 """
 
-_TEMPLATE = """\
-[Unit]
-Description=Mindstream {what}
-PartOf=mindstream.target
-# The services start together and in any order; each waits for its broker, here or elsewhere, by itself.
-Wants=mosquitto.service
-After=mosquitto.service network.target
-StartLimitIntervalSec=10min
-StartLimitBurst=20
-
-[Service]
-# Ready once the broker has accepted the connection and every subscription, and the service has started.
-Type=notify
-NotifyAccess=main
-ExecStart={runner} %i
+_ACCOUNT = """\
 User=mindstream
 Group=mindstream
 Environment=MINDSTREAM_CONFIG=/etc/mindstream/mindstream.toml XDG_CACHE_HOME=%C
@@ -74,23 +62,9 @@ CacheDirectoryMode=0750
 # A file that is not there is an empty secret: SetCredential= is the default of LoadCredential=.
 LoadCredential=broker-password:{credentials}/broker-password
 SetCredential=broker-password:\\n
+"""
 
-# Beyond this it asks for more time, while it waits for its broker or loads a model.
-TimeoutStartSec={start_timeout_s}
-TimeoutStopSec=30
-# Fed while the main loop turns, the bus goes on and no thread has ended. SIGABRT leaves all stacks in the journal.
-WatchdogSec={watchdog_s}
-WatchdogSignal=SIGABRT
-LimitCORE=0
-Restart=on-failure
-RestartSec=3
-# EX_CONFIG: starting it again will not help until someone changes the configuration.
-RestartPreventExitStatus=78
-
-MemoryAccounting=yes
-TasksMax=256
-LimitNOFILE=8192
-
+_HARDENING = """\
 # What it may not do.
 NoNewPrivileges=yes
 CapabilityBoundingSet=
@@ -125,7 +99,61 @@ SystemCallFilter=~@privileged @resources
 # asks are aged by.
 SystemCallFilter=adjtimex clock_adjtime clock_adjtime64
 SystemCallErrorNumber=EPERM
+"""
 
+_SLEEP = """\
+[Unit]
+Description=Mindstream says that this machine sleeps, and wakes
+Before=sleep.target
+StopWhenUnneeded=yes
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+# The minus: a node that cannot say it must not keep the machine awake.
+ExecStart=-{command} sleep
+ExecStop=-{command} wake
+TimeoutStartSec=10
+TimeoutStopSec=10
+{account}
+{hardening}
+[Install]
+WantedBy=sleep.target
+"""
+
+_TEMPLATE = """\
+[Unit]
+Description=Mindstream {what}
+PartOf=mindstream.target
+# The services start together and in any order; each waits for its broker, here or elsewhere, by itself.
+Wants=mosquitto.service
+After=mosquitto.service network.target
+StartLimitIntervalSec=10min
+StartLimitBurst=20
+
+[Service]
+# Ready once the broker has accepted the connection and every subscription, and the service has started.
+Type=notify
+NotifyAccess=main
+ExecStart={runner} %i
+{account}
+# Beyond this it asks for more time, while it waits for its broker or loads a model.
+TimeoutStartSec={start_timeout_s}
+TimeoutStopSec=30
+# Fed while the main loop turns, the bus goes on and no thread has ended. SIGABRT leaves all stacks in the journal.
+WatchdogSec={watchdog_s}
+WatchdogSignal=SIGABRT
+LimitCORE=0
+Restart=on-failure
+RestartSec=3
+# EX_CONFIG: starting it again will not help until someone changes the configuration.
+RestartPreventExitStatus=78
+
+MemoryAccounting=yes
+TasksMax=256
+LimitNOFILE=8192
+
+{hardening}
 [Install]
 WantedBy=mindstream.target
 """
@@ -161,14 +189,17 @@ def instance(name: str) -> str:
 
 def render(rows: Sequence[ServiceRow] = SERVICES, *, runner: Path = RUNNER) -> dict[str, str]:
     """Path below the unit folder to content, of every file."""
+    account = _ACCOUNT.format(credentials=CREDENTIALS)
     template = _TEMPLATE.format(
         what="%i",
         runner=runner,
-        credentials=CREDENTIALS,
+        account=account,
+        hardening=_HARDENING,
         start_timeout_s=START_TIMEOUT_S,
         watchdog_s=WATCHDOG_S,
     )
-    files = {TARGET: _TARGET, TEMPLATE: template}
+    sleep = _SLEEP.format(command=runner.with_name("mindstream"), account=account, hardening=_HARDENING)
+    files = {TARGET: _TARGET, TEMPLATE: template, SLEEP: sleep}
     files |= {f"{instance(row.name)}.d/{DROP_IN}": _drop_in(row) for row in rows}
     return {name: _sealed(text) for name, text in files.items()}
 
@@ -241,7 +272,7 @@ def check(folder: Path = UNIT_DIR, *, wanted: Sequence[str] | None = None, runne
         elif _intact(found):
             findings.append(Finding(str(path), "other version", f"sudo mindstream units render --out {folder}"))
         else:
-            unit = TARGET if name == TARGET else "mindstream@.service" if name == TEMPLATE else Path(name).parent.stem
+            unit = Path(name).parent.stem if name.endswith(DROP_IN) else name
             findings.append(
                 Finding(
                     str(path),

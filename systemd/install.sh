@@ -274,7 +274,7 @@ activate() {
     [ -n "$systemctl" ] || return 0
     if offline; then
         # shellcheck disable=SC2046 # one word a unit
-        "$systemctl" enable --quiet mindstream.target $(wanted_units "$versions/$new")
+        "$systemctl" enable --quiet mindstream.target mindstream-sleep.service $(wanted_units "$versions/$new")
         return 0
     fi
     wanted=$(wanted_units "$versions/$new")
@@ -308,7 +308,7 @@ activate() {
         among "$unit" "$wanted" || "$systemctl" disable --quiet --now "$unit"
     done
     if [ -z "$old" ]; then
-        "$systemctl" enable --quiet mindstream.target
+        "$systemctl" enable --quiet mindstream.target mindstream-sleep.service
         "$systemctl" start --no-block mindstream.target
     fi
 }
@@ -389,10 +389,11 @@ install() {
 
 uninstall() {
     if [ -n "$systemctl" ] && [ -L "$current" ] && ! offline; then
-        "$systemctl" disable --quiet --now mindstream.target || true
+        "$systemctl" disable --quiet --now mindstream.target mindstream-sleep.service || true
         for unit in $(wanted_units "$current" || true); do "$systemctl" disable --quiet --now "$unit" || true; done
     fi
     rm -rf "$units/mindstream.target" "$units/mindstream.target.wants" "$units/mindstream@.service" \
+        "$units/mindstream-sleep.service" "$units/sleep.target.wants/mindstream-sleep.service" \
         "$units/multi-user.target.wants/mindstream.target" "$units"/mindstream@*.service.d/10-mindstream.conf
     for folder in "$units"/mindstream@*.service.d; do
         [ ! -d "$folder" ] || rmdir "$folder" 2>/dev/null || say "left your own drop-ins in $folder"

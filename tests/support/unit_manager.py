@@ -151,8 +151,8 @@ class UnitManager:
         for name in names:
             if verb in ("enable", "disable"):
                 self._link(name, wanted=verb == "enable")
-            if not name.endswith(".service"):
-                if verb in ("start", "disable"):
+            if not name.startswith("mindstream@"):
+                if name == "mindstream.target" and verb in ("start", "disable"):
                     self._target(start=verb == "start")
                 continue
             unit = self.units.setdefault(name, _Unit(name))
@@ -171,7 +171,8 @@ class UnitManager:
                 self._stop(unit)
 
     def _link(self, name: str, *, wanted: bool) -> None:
-        folder = "multi-user.target.wants" if name.endswith(".target") else "mindstream.target.wants"
+        folders = {"mindstream.target": "multi-user.target.wants", "mindstream-sleep.service": "sleep.target.wants"}
+        folder = folders.get(name, "mindstream.target.wants")
         path = self.root / "etc/systemd/system" / folder / name
         path.parent.mkdir(exist_ok=True)
         path.unlink(missing_ok=True)

@@ -72,6 +72,12 @@ def recall(machine: PrivateSystemd) -> list[str]:
     return sorted(hit["text"] for hit in json.loads(machine.run("mindstream", "recall", "key", "--json"))["hits"])
 
 
+def node_state(machine: PrivateSystemd) -> str:
+    # Its exit code says whether the node is ready.
+    shown = json.loads(machine.run("mindstream", "status", "--json", check=False))
+    return str(shown["nodes"]["sprout"]["state"])
+
+
 def test_a_node_lives_its_life_under_systemd(machine: PrivateSystemd) -> None:
     said = install(machine, "--wheelhouse", "/srv/share/wheels", "--node", "sprout")
     assert "is installed" in said
@@ -114,6 +120,12 @@ def test_a_node_lives_its_life_under_systemd(machine: PrivateSystemd) -> None:
     for unit in CORE:
         wait_for(lambda each=unit: machine.property(each, "ActiveState") == "active", f"{unit} is not ready", 40.0)  # type: ignore[misc]
     assert recall(machine) == ["The key is under the pot."]
+
+    # What systemd starts before a suspend, and stops after it.
+    machine.run("systemctl", "start", units.SLEEP)
+    assert node_state(machine) == "sleeping"
+    machine.run("systemctl", "stop", units.SLEEP)
+    wait_for(lambda: node_state(machine) == "ready", "the node does not wake")
 
     # An upgrade that fails, and one that does not.
     first = machine.run("readlink", "/opt/mindstream/current")
