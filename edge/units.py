@@ -103,18 +103,15 @@ SystemCallErrorNumber=EPERM
 
 _SLEEP = """\
 [Unit]
-Description=Mindstream says that this machine sleeps, and wakes
+Description=Mindstream says that this machine sleeps
 Before=sleep.target
-StopWhenUnneeded=yes
 
 [Service]
+# It notices by itself that it is awake again: no ExecStop=, for which 252 lets nobody read the credentials.
 Type=oneshot
-RemainAfterExit=yes
 # The minus: a node that cannot say it must not keep the machine awake.
 ExecStart=-{command} sleep
-ExecStop=-{command} wake
 TimeoutStartSec=10
-TimeoutStopSec=10
 {account}
 {hardening}
 [Install]
