@@ -14,7 +14,7 @@ import time
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from edge import connect_faults
+from edge import connect_faults, mqtt_packets
 from protocol.errors import NotConnected, WrongTopic
 from protocol.topics import MAX_PACKET_BYTES
 
@@ -50,13 +50,6 @@ _REASONS = {
     0x8C: "Bad authentication method",
 }
 _SESSION_EXPIRY, _RECEIVE_MAXIMUM, _MAXIMUM_PACKET, _MESSAGE_EXPIRY = 0x11, 0x21, 0x27, 0x02
-_WIDTH = {
-    **dict.fromkeys((0x01, 0x17, 0x19, 0x24, 0x25, 0x28, 0x29, 0x2A), 1),
-    **dict.fromkeys((0x13, 0x21, 0x22, 0x23), 2),
-    **dict.fromkeys((0x02, 0x11, 0x18, 0x27), 4),
-}
-"""Bytes of the properties that are numbers (section 2.2.2.2)."""
-_TEXTS = dict.fromkeys((0x03, 0x08, 0x09, 0x12, 0x15, 0x16, 0x1A, 0x1C, 0x1F), 1) | {0x26: 2}
 
 
 class Arrival(NamedTuple):
@@ -195,16 +188,16 @@ class WireClient:
             properties += bytes((_MAXIMUM_PACKET,)) + MAX_PACKET_BYTES.to_bytes(4, "big")
             body += bytes((len(properties),)) + properties
         for text in [self.client_id] + [t for t in (self._username, self._username and self._password) if t]:
-            body += _field(text.encode())
+            body += mqtt_packets.field(text.encode())
         self._asked = True
         self._outgoing.clear()
         self._unacknowledged.clear()
         self._heard_s = time.monotonic()
-        self._send(_packet(_CONNECT, body))
+        self._send(mqtt_packets.packet(_CONNECT, body))
         answer = self._wait_for(_CONNACK)
         self._window = PUBLISH_WINDOW
         if self._level == 5 and len(answer) > 2:
-            granted = _properties(answer, 2)[0].get(_RECEIVE_MAXIMUM, 65_535)
+            granted = mqtt_packets.properties(answer, 2)[0].get(_RECEIVE_MAXIMUM, 65_535)
             self._window = min(PUBLISH_WINDOW, granted)
         # A broker without MQTT 5 may answer in the form of 3.1.1.
         reason = _REASONS_OF_3_1_1.get(answer[1], answer[1]) if len(answer) == 2 else answer[1]
@@ -215,9 +208,9 @@ class WireClient:
         # Retain As Published (section 3.8.3.1): a replay must know what was retained.
         options = 0x09 if self._level == 5 else 0x01
         body = self._next_id().to_bytes(2, "big") + b"\x00" * (self._level == 5)
-        body += _field(filter.encode()) + bytes((options,))
+        body += mqtt_packets.field(filter.encode()) + bytes((options,))
         try:
-            self._send(_packet(_SUBSCRIBE, body))
+            self._send(mqtt_packets.packet(_SUBSCRIBE, body))
             answer = self._wait_for(_SUBACK)
         except (OSError, IndexError) as error:
             raise self._lost(_why(error)) from None
@@ -300,7 +293,7 @@ class WireClient:
             length = data[at + 1]
             start = at + 2
             if length >= 0x80:
-                length, start = _variable(data, at + 1)
+                length, start = mqtt_packets.variable(data, at + 1)
                 if not start:
                     break
             stop = start + length
@@ -321,7 +314,7 @@ class WireClient:
             expiry_s = None
             if with_properties:
                 if data[body]:
-                    found, body = _properties(data, body)
+                    found, body = mqtt_packets.properties(data, body)
                     expiry_s = found.get(_MESSAGE_EXPIRY)
                 else:
                     body += 1
@@ -352,7 +345,7 @@ class WireClient:
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         kept: list[bytes] = []
         while True:
-            length, start = _variable(self._data, 1) if len(self._data) >= 2 else (0, 0)
+            length, start = mqtt_packets.variable(self._data, 1) if len(self._data) >= 2 else (0, 0)
             if start and len(self._data) >= start + length:
                 packet, self._data = self._data[: start + length], self._data[start + length :]
                 if packet[0] == wanted:
@@ -382,14 +375,14 @@ class WireClient:
                 self._push()
                 self._absorb(1.0)
                 self._keep_alive()
-            body = _field(name)
+            body = mqtt_packets.field(name)
             if qos:
                 identifier = self._next_id()
                 self._unacknowledged.add(identifier)
                 body += identifier.to_bytes(2, "big")
             if self._level == 5:
                 body += b"\x05\x02" + expiry_s.to_bytes(4, "big") if expiry_s else b"\x00"
-            self._outgoing += _packet(_PUBLISH | (qos and 2) | retain, body + payload)
+            self._outgoing += mqtt_packets.packet(_PUBLISH | (qos and 2) | retain, body + payload)
             if len(self._outgoing) >= _SEND_BYTES:
                 self._push()
         except (OSError, IndexError) as error:
@@ -479,53 +472,3 @@ def _why(error: Exception) -> str:
     if isinstance(error, IndexError):
         return "the broker sent a packet that cannot be read"
     return getattr(error, "strerror", None) or str(error)
-
-
-def _packet(header: int, body: bytes) -> bytes:
-    length, encoded = len(body), bytearray()
-    while True:
-        length, digit = length >> 7, length & 0x7F
-        encoded.append(digit | (0x80 if length else 0))
-        if not length:
-            return bytes((header,)) + encoded + body
-
-
-def _field(data: bytes) -> bytes:
-    return len(data).to_bytes(2, "big") + data
-
-
-def _variable(data: bytes, at: int) -> tuple[int, int]:
-    """A variable byte integer (section 1.5.5) and where it ends; (0, 0) when it is not all here."""
-    value = shift = 0
-    for position in range(at, min(at + 4, len(data))):
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position + 1
-        shift += 7
-    if len(data) >= at + 4:
-        raise ConnectionAbortedError("the broker sent a packet whose length cannot be read")
-    return 0, 0
-
-
-def _properties(data: bytes, at: int) -> tuple[dict[int, int], int]:
-    """The numbers among the properties at ``at``, and where they end; texts are stepped over unread."""
-    length, at = _variable(data, at)
-    stop = at + length
-    found: dict[int, int] = {}
-    while at < stop:
-        identifier = data[at]
-        at += 1
-        if width := _WIDTH.get(identifier):
-            found[identifier] = int.from_bytes(data[at : at + width], "big")
-            at += width
-        elif identifier == 0x0B:  # subscription identifier
-            _, at = _variable(data, at)
-        else:
-            for _ in range(_TEXTS.get(identifier, 0) or len(data)):
-                if at + 2 > stop:
-                    raise ConnectionAbortedError(f"the broker sent a property {identifier:#04x} that cannot be read")
-                at += 2 + (data[at] << 8 | data[at + 1])
-    if at != stop:
-        raise ConnectionAbortedError("the broker sent properties that cannot be read")
-    return found, stop
