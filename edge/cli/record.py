@@ -185,8 +185,8 @@ def replay(
             import threading
 
             done = threading.Event()
-            print(f"the broker at {url} stays; Ctrl-C ends it", file=sys.stderr, flush=True)
             with _stopped_by_signals(done.set):
+                print(f"the broker at {url} stays; Ctrl-C ends it", file=sys.stderr, flush=True)
                 while not done.wait(1.0):
                     pass
     if report.stopped:
