@@ -30,7 +30,7 @@ import msgspec
 import psutil
 
 from bench.report import Figures, Progress, file_system, machine, silent, versions
-from bench.worker import CHECKOUT, answer, commands, worker
+from bench.worker import CHECKOUT, PATIENCE_S, Countdown, answer, commands, worker
 from broker.base import Broker
 from broker.embedded import EmbeddedBroker
 from broker.mosquitto import MosquittoBroker, find_mosquitto
@@ -38,11 +38,9 @@ from edge.bus import Bus
 from edge.mqtt_wire import WireClient
 from edge.recording import Gap, Message, Recording
 from edge.replay import Replay, Selection
-from protocol.codec import Received
 from protocol.errors import BusError
 from protocol.messages import Event, RunToken
 
-PATIENCE_S = 60.0
 FILTER = "mindstream/v1/#"
 BASELINE = "the same publisher, subscriber and broker without a recorder, taking turns with it"
 _HIGHER_IS_BETTER = {
@@ -275,32 +273,8 @@ def _stream(count: int, seed: int) -> list[tuple[msgspec.Struct, dict[str, Any]]
     return found
 
 
-class _Counter:
-    """Counts to a target, and notes when it was reached."""
-
-    def __init__(self) -> None:
-        self._left = 0
-        self._done = threading.Event()
-        self._at_s = 0.0
-
-    def expect(self, count: int) -> None:
-        self._done.clear()
-        self._left = count
-
-    def __call__(self, _message: Received) -> None:
-        self._left -= 1
-        if not self._left:
-            self._at_s = time.monotonic()
-            self._done.set()
-
-    def wait(self) -> float:
-        if not self._done.wait(PATIENCE_S):
-            raise BusError(f"measuring: {self._left} messages did not come in {PATIENCE_S:g} s")
-        return self._at_s
-
-
 def _subscribe(url: str) -> None:
-    counter = _Counter()
+    counter = Countdown()
     with Bus(url=url, node="bench", client="subscriber") as bus:
         bus.hear(Event, counter, service="bench")
         bus.hear(RunToken, counter)

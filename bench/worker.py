@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from protocol.errors import BusError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 60.0
 
 
 class Worker:
@@ -65,3 +68,29 @@ def commands() -> Iterator[tuple[str, int]]:
     for line in sys.stdin:
         kind, count = line.split()
         yield kind, int(count)
+
+
+class Countdown:
+    """Counts to a target, and notes when it was reached."""
+
+    def __init__(self) -> None:
+        self._left = 0
+        self._done = threading.Event()
+        self._at_s = 0.0
+
+    def expect(self, count: int) -> None:
+        """Begin anew: ``count`` calls are the target."""
+        self._done.clear()
+        self._left = count
+
+    def __call__(self, *_: object) -> None:
+        self._left -= 1
+        if not self._left:
+            self._at_s = time.monotonic()
+            self._done.set()
+
+    def wait(self) -> float:
+        """``time.monotonic()`` of the last call. Raises BusError when it does not come in PATIENCE_S."""
+        if not self._done.wait(PATIENCE_S):
+            raise BusError(f"measuring: {self._left} messages did not come in {PATIENCE_S:g} s")
+        return self._at_s
