@@ -52,10 +52,11 @@ def doctor(json: JsonOption = False) -> None:
     if json:
         print_json(checks)
     else:
+        width = max(len(check.name) for check in checks)
         for check in checks:
-            print(f"{check.verdict:8} {check.name:14} {check.found}")
+            print(f"{check.verdict:8} {check.name:{width}} {check.found}")
             if check.next_step:
-                print(f"{'':23} next: {check.next_step}")
+                print(f"{'':{width + 9}} next: {check.next_step}")
     if any(check.verdict == "failed" for check in checks):
         raise typer.Exit(EXIT_FAILED)
 
