@@ -92,7 +92,8 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Every process that a test starts inherits this, orphans included, so the end can look for it.
-    os.environ[_RUN_MARK] = uuid.uuid4().hex
+    if not _is_worker(config):
+        os.environ[_RUN_MARK] = uuid.uuid4().hex
     # A shell starts what it runs in the background with Ctrl-C ignored, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_left_behind] = []
@@ -101,6 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run when a process that a test started is still there: an orphan is a bug of ours or of the test."""
+    if _is_worker(session.config):
+        return  # the run ends when all of its workers have
     deadline = time.monotonic() + _LEFT_BEHIND_DEADLINE_S
     while (orphans := _processes_of_this_run()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -121,6 +124,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for report in reports:
             terminalreporter.write_line(report.nodeid)
         terminalreporter.write_line(f"{len(reports)} in all")
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of several processes that share the tests out (`-n`)."""
+    return hasattr(config, "workerinput")
 
 
 def _processes_of_this_run() -> list[str]:
