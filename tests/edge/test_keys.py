@@ -90,7 +90,11 @@ def test_the_nodes_own_name_cannot_be_given_another_key(tmp_path: Path) -> None:
         peers.trust("tomato", OTHER.fingerprint, replace=True)
 
 
-@pytest.mark.parametrize("fingerprint", ["", "ed25519:", "ed25519:abc", "rsa:" + "a" * 52, OTHER.fingerprint[:-1]])
+@pytest.mark.parametrize(
+    "fingerprint",
+    ["", "ed25519:", "ed25519:abc", "rsa:" + "a" * 52, OTHER.fingerprint[:-1]],
+    ids=["empty", "no key", "short", "another kind", "cut"],
+)
 def test_what_is_no_fingerprint_is_refused(tmp_path: Path, fingerprint: str) -> None:
     with pytest.raises(TrustError):
         peers_of(tmp_path).trust("sprout", fingerprint)

@@ -122,39 +122,38 @@ def test_a_bad_ask_is_counted_and_its_asker_told_where_and_why(
     assert_it_still_answers(raw)
 
 
-@pytest.mark.parametrize(
-    ("name", "payload"),
-    {
-        "empty": b"",
-        "no msgpack": b"\xc1",
-        "cut": put_envelope("x")[:-3],
-        "not a map": msgpack.packb([1, 2, 3]),
-        "an int": b"\x01",
-        "text, not bytes": b"hello",
-        "id missing": put_envelope("x", id=...),
-        "id a number": put_envelope("x", id=7),
-        "id as long as a book": put_envelope("x", id="x" * 200_000),
-        "reply_to as long as a book": put_envelope("x", reply_to="x" * 200_000),
-        "type a list": put_envelope("x", type=[1]),
-        "source missing": put_envelope("x", source=...),
-        "data missing": put_envelope("x", data=...),
-        "time to live a text": put_envelope("x", ttl_ms="soon"),
-        "time to live misspelt": put_envelope("x").replace(b"\xa6ttl_ms", b"\xa6ttl_xx"),
-        "invalid UTF-8 in the type": put_envelope("x").replace(b"memory.put", b"memory\xff\xfeut"),
-        "invalid UTF-8 in the text": put_envelope("xyz").replace(b"\xa3xyz", b"\xa3\xff\xfe\xfd"),
-        "a list that says it has four billion items": put_envelope("x", data=...)[:-1]
-        + b"\xa4data\xdd\xff\xff\xff\xff",
-        "a map that says it has four billion items": b"\xdf\xff\xff\xff\xff\xa1v\x01",
-        "a text that says it has four gigabytes": b"\x81\xa1v\xdb\xff\xff\xff\xff",
-        "bytes that say they are four gigabytes": b"\x81\xa4data\xc6\xff\xff\xff\xff",
-        "lists a hundred thousand deep": b"\x91" * 100_000 + b"\xc0",
-        "maps a hundred thousand deep in data": with_data(b"\x81\xa1a" * 100_000 + b"\xc0"),
-        "keys that are no text": msgpack.packb({1: 2, b"v": 1, None: 0}),
-        "the same key twice": b"\x82\xa1v\x01\xa1v\x02",
-        "an extension type": msgpack.packb(msgpack.ExtType(5, b"x" * 100)),
-        "a timestamp that is none": b"\xc7\x0c\xff" + b"\xff" * 12,
-    }.items(),
-)
+NO_ASKS = {
+    "empty": b"",
+    "no msgpack": b"\xc1",
+    "cut": put_envelope("x")[:-3],
+    "not a map": msgpack.packb([1, 2, 3]),
+    "an int": b"\x01",
+    "text, not bytes": b"hello",
+    "id missing": put_envelope("x", id=...),
+    "id a number": put_envelope("x", id=7),
+    "id as long as a book": put_envelope("x", id="x" * 200_000),
+    "reply_to as long as a book": put_envelope("x", reply_to="x" * 200_000),
+    "type a list": put_envelope("x", type=[1]),
+    "source missing": put_envelope("x", source=...),
+    "data missing": put_envelope("x", data=...),
+    "time to live a text": put_envelope("x", ttl_ms="soon"),
+    "time to live misspelt": put_envelope("x").replace(b"\xa6ttl_ms", b"\xa6ttl_xx"),
+    "invalid UTF-8 in the type": put_envelope("x").replace(b"memory.put", b"memory\xff\xfeut"),
+    "invalid UTF-8 in the text": put_envelope("xyz").replace(b"\xa3xyz", b"\xa3\xff\xfe\xfd"),
+    "a list that says it has four billion items": put_envelope("x", data=...)[:-1] + b"\xa4data\xdd\xff\xff\xff\xff",
+    "a map that says it has four billion items": b"\xdf\xff\xff\xff\xff\xa1v\x01",
+    "a text that says it has four gigabytes": b"\x81\xa1v\xdb\xff\xff\xff\xff",
+    "bytes that say they are four gigabytes": b"\x81\xa4data\xc6\xff\xff\xff\xff",
+    "lists a hundred thousand deep": b"\x91" * 100_000 + b"\xc0",
+    "maps a hundred thousand deep in data": with_data(b"\x81\xa1a" * 100_000 + b"\xc0"),
+    "keys that are no text": msgpack.packb({1: 2, b"v": 1, None: 0}),
+    "the same key twice": b"\x82\xa1v\x01\xa1v\x02",
+    "an extension type": msgpack.packb(msgpack.ExtType(5, b"x" * 100)),
+    "a timestamp that is none": b"\xc7\x0c\xff" + b"\xff" * 12,
+}
+
+
+@pytest.mark.parametrize(("name", "payload"), NO_ASKS.items(), ids=list(NO_ASKS))
 def test_what_is_no_ask_at_all_is_counted_and_survived(
     service: Bus, answers: Answers, raw: RawClient, name: str, payload: bytes
 ) -> None:

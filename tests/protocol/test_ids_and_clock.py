@@ -46,6 +46,7 @@ def test_the_time_inside_an_id_is_its_time_even_when_the_counter_has_run_over() 
         uuid7().upper(),
         uuid7() + "\n",
     ],
+    ids=["empty", "a letter", "version 4", "not hexadecimal", "upper case", "a line feed behind it"],
 )
 def test_what_is_no_uuid7_has_no_time(text: str) -> None:
     with pytest.raises(MalformedMessage) as caught:
