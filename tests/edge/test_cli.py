@@ -248,7 +248,14 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
         up = subprocess.Popen([*PROGRAM, "--config", str(lonely), "up"], cwd=CHECKOUT, stdout=log, stderr=log)
     try:
         wait_for(lambda: "sprout is ready" in (lonely.parent / "log").read_text(), "not ready", 40)
-        assert json.loads(mindstream("status", "--json", config=lonely).stdout)["nodes"]["sprout"]["state"] == "ready"
+        # The supervisor's services are ready; presence says so of the node a moment later.
+        wait_for(
+            lambda: (
+                json.loads(mindstream("status", "--json", config=lonely).stdout)["nodes"]["sprout"]["state"] == "ready"
+            ),
+            "the node does not say that it is ready",
+            20,
+        )
         up.send_signal(signal.SIGINT)
         assert up.wait(30) == 0
     finally:

@@ -116,7 +116,8 @@ def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(de
     assert {each.verdict for each in units.check(device.units, wanted=ENABLED)} == {"ok"}
     program = device.root / "opt/mindstream/versions" / first / "bin/mindstream-service"
     assert device.manager.started == [(name, str(program)) for name in UNITS]
-    assert program.read_text().startswith(f"#!{program.parent}/python")
+    # In a deep folder the interpreter stands on the second line: the kernel takes 127 characters of the first.
+    assert f"{program.parent}/python" in "".join(program.read_text().splitlines()[:2])
     with Bus(url=device.broker.url, node="sprout", client="tester") as bus:
         remember(bus, "The key is under the pot.")
 
