@@ -150,6 +150,9 @@ def test_a_broker_without_5_that_comes_back_is_found_again(broker: Broker, make_
 # --- what works -----------------------------------------------------------------------------------------------
 
 
+# Slow on NATS: on a busy machine a message was seen to wait there for longer than the deadline, now and then; NATS sends
+# again what has no acknowledgement after 30 s.
+@pytest.mark.parametrize("broker", [pytest.param("nats", marks=pytest.mark.slow), "mosquitto"], indirect=True)
 def test_messages_come_whole_in_order_and_once(make_bus: OpenBus, open_bus: OpenBus) -> None:
     heard: list[int] = []
     texts: list[str] = []
