@@ -150,7 +150,7 @@ def test_a_broker_without_5_that_comes_back_is_found_again(broker: Broker, make_
 # --- what works -----------------------------------------------------------------------------------------------
 
 
-# Slow on NATS: on a busy machine a message was seen to wait there for longer than the deadline, now and then; NATS sends
+# Slow on NATS: on a busy machine a message was seen to wait there for longer than the deadline, now and then; it sends
 # again what has no acknowledgement after 30 s.
 @pytest.mark.parametrize("broker", [pytest.param("nats", marks=pytest.mark.slow), "mosquitto"], indirect=True)
 def test_messages_come_whole_in_order_and_once(make_bus: OpenBus, open_bus: OpenBus) -> None:
