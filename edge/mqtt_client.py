@@ -31,6 +31,8 @@ from paho.mqtt.enums import (
 )
 from paho.mqtt.exception import MalformedPacket
 
+from edge.mqtt_packets import packed_length
+
 READ_BYTES = 128 * 1024
 """Read at once, and written at once when there are several packets."""
 CORKED_PACKETS = 32
@@ -387,18 +389,6 @@ class FastClient(paho.Client):
         else:
             self._owner.on_refused(message.topic, message.properties, code)
         return MQTTErrorCode.MQTT_ERR_SUCCESS
-
-
-def packed_length(value: int) -> bytes:
-    """A variable byte integer (MQTT 5 section 1.5.5)."""
-    if value < 0x80:
-        return bytes((value,))
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 def _variable_byte_integer(packet: bytes, at: int) -> tuple[int, int]:

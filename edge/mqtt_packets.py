@@ -11,14 +11,21 @@ _WIDTH = {
 _TEXTS = dict.fromkeys((0x03, 0x08, 0x09, 0x12, 0x15, 0x16, 0x1A, 0x1C, 0x1F), 1) | {0x26: 2}
 
 
+def packed_length(value: int) -> bytes:
+    """A variable byte integer (MQTT 5 section 1.5.5)."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
 def packet(header: int, body: bytes) -> bytes:
     """A packet of a fixed header's first byte and all that follows the length."""
-    length, encoded = len(body), bytearray()
-    while True:
-        length, digit = length >> 7, length & 0x7F
-        encoded.append(digit | (0x80 if length else 0))
-        if not length:
-            return bytes((header,)) + encoded + body
+    return bytes((header,)) + packed_length(len(body)) + body
 
 
 def field(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from edge.mqtt_client import packed_length
+from edge.mqtt_packets import packed_length
 
 _EXPIRY, _RESPONSE_TOPIC, _CORRELATION = 0x02, 0x08, 0x09
 

@@ -19,7 +19,8 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from edge.mqtt_client import CORKED_PACKETS, FastClient, Outgoing, Owner, packed_length
+from edge.mqtt_client import CORKED_PACKETS, FastClient, Outgoing, Owner
+from edge.mqtt_packets import packed_length
 from edge.wire_properties import RequestProperties
 
 V5, V3 = MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311
