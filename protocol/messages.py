@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -281,12 +281,17 @@ class ChatMessage(msgspec.Struct):
 class ModelGenerate(msgspec.Struct, omit_defaults=True):
     """Let the model speak. Answered when it has; its tokens come meanwhile on ``model/run/{run}/token``.
 
-    Without ``messages`` the conversation goes on from its pending token, with the sampler as it stands.
+    Without ``messages``, ``prompt`` and ``prompt_tokens`` the conversation goes on from its pending token, with the
+    sampler as it stands. At most one of the three is given.
     """
 
     conversation: Name
     messages: list[ChatMessage] = []
     """New messages of this turn, after those that the conversation holds."""
+    prompt: str = ""
+    """Plain text to go on from, without a chat template; a new conversation's beginning."""
+    prompt_tokens: list[int] = []
+    """The same in token ids of the model."""
     run: Name = ""
     """UUIDv7 of the run, chosen by the asker, so that it can subscribe first. Left out: the envelope's id."""
     max_new_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 256
@@ -300,6 +305,20 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     """Texts that end the answer; not part of it."""
     ignore_eos: bool = False
     """Go on past the end-of-sequence token: for measuring."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Only tokens at least this likely relative to the likeliest; 0 is off."""
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    """Tokens of the context are made less likely by this factor; 1 is off."""
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    """So many of the likeliest tokens are said with each token."""
+    json_schema: str = ""
+    """The answer is JSON that this JSON Schema accepts; ``{}`` is any JSON."""
+    priority: Literal["person", "background"] = "person"
+    """Somebody waits for the answer, or nobody does: it then gives way to those that somebody waits for."""
+    on_overflow: Literal["refuse", "window"] = "refuse"
+    """A prompt longer than the context is refused, or its oldest part is left out (and that is said)."""
+    keep: bool = True
+    """False: the conversation is not kept on disk, and goes when its memory is wanted."""
 
 
 class ModelCancel(msgspec.Struct):
@@ -314,6 +333,15 @@ class ModelCancelled(msgspec.Struct):
     found: bool
 
 
+class TokenChance(msgspec.Struct):
+    """A token that might have come."""
+
+    token: int
+    text: str
+    logprob: float
+    """Natural logarithm of its probability under the model, before temperature."""
+
+
 class RunToken(msgspec.Struct, omit_defaults=True):
     """One generated token."""
 
@@ -326,9 +354,11 @@ class RunToken(msgspec.Struct, omit_defaults=True):
     """Natural logarithm of the token's probability under the model, before temperature."""
     entropy: float
     """Of the model's distribution, nats."""
+    top: list[TokenChance] = []
+    """The likeliest ones, best first, when ``top_logprobs`` asked for them."""
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, omit_defaults=True):
     """What a run cost."""
 
     prompt_tokens: int
@@ -340,6 +370,18 @@ class Usage(msgspec.Struct):
     """From the start of the work to the first token."""
     tokens_per_s: float
     """Of decoding, without prefill."""
+    queued_ms: float = 0.0
+    """From the ask to the start of the work."""
+    shared_tokens: int = 0
+    """Of the cached ones, those that another conversation had read."""
+    dropped_tokens: int = 0
+    """Of the prompt, left out because it was longer than the context."""
+    batch_mean: float = 0.0
+    """Conversations that were decoded together, on average over this run's tokens."""
+    energy_j: float | None = None
+    """Of the device during the run; absent when no sensor measures it."""
+    energy_sensor: str = ""
+    """Which one measured it."""
 
 
 class RunDone(msgspec.Struct, omit_defaults=True):

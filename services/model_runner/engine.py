@@ -24,10 +24,9 @@ from protocol.errors import ContextOverflow, InvalidPrompt, SnapshotRefused
 from protocol.manifest import ModelDigests, NumericsFingerprint
 
 PREFILL_CHUNK_TOKENS = 256
-"""Chunks of a prompt end at absolute multiples of this, wherever prefill begins: the same prefix is always cut the
-same way, whether it was read at once, after a cancellation, or turn by turn from the same boundary."""
-
-CHUNK_SCHEDULE = f"multiples of {PREFILL_CHUNK_TOKENS}"
+"""Chunks of a prompt end at absolute multiples of an engine's ``chunk_tokens``, wherever prefill begins: the same
+prefix is always cut the same way, whether it was read at once, after a cancellation, or turn by turn from the same
+boundary. This is the largest; every engine's divides it."""
 
 LayerKind = Literal["full", "sliding"]
 Logits = npt.NDArray[np.float32]
@@ -94,6 +93,14 @@ class LayerState:
     seen_tokens: int
     """Positions ever written to the layer; more than it holds when a sliding window has moved on."""
 
+    def prefix(self, spec: LayerSpec, tokens: int) -> LayerState | None:
+        """As it was after the first ``tokens`` positions, as views; None when it has not all of them any more."""
+        first_held = self.seen_tokens - self.keys.shape[1]
+        start, end = tokens - spec.held_tokens(tokens) - first_held, tokens - first_held
+        if start < 0 or tokens > self.seen_tokens:
+            return None
+        return LayerState(self.kind, self.dtype, self.keys[:, start:end], self.values[:, start:end], tokens)
+
 
 class KVCache(ABC):
     """One conversation's keys and values, opaque outside its engine; used by one thread at a time."""
@@ -106,6 +113,15 @@ class KVCache(ABC):
     def length(self) -> int:
         """Positions written so far."""
 
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Memory that it takes now, room for what is still to come included."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give its memory back at once; it may not be used after. A second call does nothing."""
+
 
 ShouldStop = Callable[[], bool]
 OnProgress = Callable[[int, int], None]
@@ -117,6 +133,10 @@ class Engine(ABC):
 
     spec: ModelSpec
     fingerprint: NumericsFingerprint
+    chunk_tokens: int = PREFILL_CHUNK_TOKENS
+    """Chunks of a prompt end at absolute multiples of this; it divides ``PREFILL_CHUNK_TOKENS``."""
+    max_batch: int = 1
+    """Most conversations that ``step_batch`` computes together."""
 
     @abstractmethod
     def new_cache(self, capacity_tokens: int) -> KVCache:
@@ -147,6 +167,27 @@ class Engine(ABC):
 
         The array belongs to the caller. Raises as ``prefill``.
         """
+
+    def step_batch(self, steps: Sequence[tuple[KVCache, int]]) -> list[Logits]:
+        """``step`` for several conversations at once: (cache, pending token) each, at most ``max_batch`` of them.
+
+        Close to each of them alone, and not bit-equal to it: products of several rows round otherwise than those of
+        one. A single one is ``step`` itself. Raises as ``step``, for the first that fails; with InvalidPrompt and
+        ContextOverflow nothing was computed, with ModelError any of the caches may be unusable.
+        """
+        return [self.step(cache, token) for cache, token in steps]
+
+    def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> KVCache | None:
+        """A new cache that begins with the first ``tokens`` positions of ``cache``, copied bit for bit.
+
+        None when they are not held any more, because a sliding window has moved past them. Raises as ``new_cache``.
+        """
+        prefix = [
+            layer.prefix(spec, tokens) for layer, spec in zip(self.export_layers(cache), self.spec.layers, strict=True)
+        ]
+        if any(layer is None for layer in prefix):
+            return None
+        return self.import_layers([layer for layer in prefix if layer is not None], capacity_tokens)
 
     @abstractmethod
     def export_layers(self, cache: KVCache) -> list[LayerState]:
@@ -180,10 +221,16 @@ class Engine(ABC):
             )
 
 
-def chunk_ends(start: int, stop: int) -> list[int]:
-    """Ends of the chunks that cover positions ``start`` to ``stop`` (excluded): absolute multiples, then ``stop``."""
-    first = (start // PREFILL_CHUNK_TOKENS + 1) * PREFILL_CHUNK_TOKENS
-    ends = list(range(first, stop, PREFILL_CHUNK_TOKENS))
+def chunk_schedule(chunk_tokens: int) -> str:
+    """How a numerics fingerprint names the schedule of prefill."""
+    return f"multiples of {chunk_tokens}"
+
+
+def chunk_ends(start: int, stop: int, chunk_tokens: int) -> list[int]:
+    """Ends of the chunks that cover positions ``start`` to ``stop`` (excluded): absolute multiples of
+    ``chunk_tokens``, then ``stop``."""
+    first = (start // chunk_tokens + 1) * chunk_tokens
+    ends = list(range(first, stop, chunk_tokens))
     return [*ends, stop] if stop > start else []
 
 

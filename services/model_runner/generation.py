@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from protocol.errors import InvalidPrompt, ModelError
-from services.model_runner.engine import Engine, KVCache, OnProgress, ShouldStop
+from services.model_runner.engine import Engine, KVCache, Logits, OnProgress, ShouldStop
 from services.model_runner.sampling import Sampler, SamplingSettings
 
 
@@ -187,30 +187,39 @@ def generate(
     if not state.prefilled:
         state.finish_reason = "cancelled"
         return
-    settings = state.settings
-    eos = frozenset() if settings.ignore_eos else engine.spec.eos_token_ids
-    limit = min(state.cache.capacity_tokens, engine.spec.context_tokens)
-    while state.cache.length < limit:
+    while not context_full(engine, state):
         if should_stop is not None and should_stop():
             state.finish_reason = "cancelled"
             return
         step_started = time.perf_counter()
-        logits = engine.step(state.cache, state.tokens[-1])
-        choice = state.sampler.sample(logits, state.tokens)
-        state.tokens.append(choice.token)
-        state.new_tokens += 1
+        generated = accept(engine, state, engine.step(state.cache, state.tokens[-1]))
         now = time.perf_counter()
         timing.decode_s += now - step_started
-        timing.decoded_tokens += 1
         timing.first_token_s = timing.first_token_s or now - started
-        if choice.token in eos:
-            state.finish_reason = "stop"
-        elif state.new_tokens >= settings.max_new_tokens:
-            state.finish_reason = "length"
-        yield GeneratedToken(state.new_tokens - 1, choice.token, choice.logprob, choice.entropy)
+        yield generated
         if state.finish_reason:
             return
     state.finish_reason = "length"
+
+
+def context_full(engine: Engine, state: GenerationState) -> bool:
+    """Whether the pending token does not fit any more."""
+    return state.cache.length >= min(state.cache.capacity_tokens, engine.spec.context_tokens)
+
+
+def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedToken:
+    """Choose the next token from ``logits``, those of the step that read the pending one, and make it the pending
+    one; sets ``finish_reason`` when it is the answer's last. Raises ModelError when the logits are not numbers."""
+    settings = state.settings
+    choice = state.sampler.sample(logits, state.tokens)
+    state.tokens.append(choice.token)
+    state.new_tokens += 1
+    state.timing.decoded_tokens += 1
+    if choice.token in engine.spec.eos_token_ids and not settings.ignore_eos:
+        state.finish_reason = "stop"
+    elif state.new_tokens >= settings.max_new_tokens:
+        state.finish_reason = "length"
+    return GeneratedToken(state.new_tokens - 1, choice.token, choice.logprob, choice.entropy)
 
 
 def _prefill(

@@ -194,11 +194,20 @@ class TorchKVCache(KVCache):
     def length(self) -> int:
         return self.layers[0].seen_tokens
 
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(layer.key_storage.nbytes + layer.value_storage.nbytes for layer in self.layers)
+
+    def close(self) -> None:
+        self._broken = True
+        for layer in self.layers:
+            layer.key_storage = layer.value_storage = layer.key_storage.new_empty(0)
+
     def reserve(self, new_tokens: int) -> None:
         """Make room in every layer. Raises ModelError when an earlier failure left this cache half written."""
         if self._broken:
             raise ModelError(
-                "using a KV cache that an earlier failure left half written",
+                "using a KV cache that was closed, or that an earlier failure left half written",
                 hint="make a new cache and read the conversation's tokens again",
                 reason="cache incomplete",
             )

@@ -23,7 +23,6 @@ from protocol.manifest import NumericsFingerprint
 from services.model_runner import attention
 from services.model_runner.digests import model_digests, weights_files
 from services.model_runner.engine import (
-    CHUNK_SCHEDULE,
     STORAGE_DTYPES,
     Engine,
     KVCache,
@@ -35,6 +34,7 @@ from services.model_runner.engine import (
     ShouldStop,
     check_layers,
     chunk_ends,
+    chunk_schedule,
 )
 from services.model_runner.fast_decode import FastDecode
 from services.model_runner.kv_cache import TorchKVCache
@@ -159,7 +159,7 @@ class TransformersEngine(Engine):
             instruction_set=instruction_set(),
             dtype=spec.dtype,
             threads=threads,
-            chunk_schedule=CHUNK_SCHEDULE,
+            chunk_schedule=chunk_schedule(self.chunk_tokens),
             batch_mode="deterministic",
         )
         self._warm_up()
@@ -241,7 +241,7 @@ class TransformersEngine(Engine):
         self.check_tokens(own, tokens)
         start = own.length
         end = start + len(tokens)
-        for chunk_end in chunk_ends(start, end):
+        for chunk_end in chunk_ends(start, end, self.chunk_tokens):
             if should_stop is not None and should_stop():
                 break
             chunk = tokens[own.length - start : chunk_end - start]

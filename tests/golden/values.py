@@ -66,6 +66,7 @@ from protocol.messages import (
     SnapshotManifestAsk,
     SnapshotSaved,
     Speaker,
+    TokenChance,
     Usage,
 )
 
@@ -174,7 +175,19 @@ DONE = RunDone(
     text="Under the pot.",
     tokens=[19141, 260, 2025, 30],
     finish_reason="error",
-    usage=Usage(prompt_tokens=31, cached_tokens=12, completion_tokens=4, ttft_ms=41.5, tokens_per_s=28.25),
+    usage=Usage(
+        prompt_tokens=31,
+        cached_tokens=12,
+        completion_tokens=4,
+        ttft_ms=41.5,
+        tokens_per_s=28.25,
+        queued_ms=3.5,
+        shared_tokens=8,
+        dropped_tokens=2,
+        batch_mean=2.5,
+        energy_j=1.25,
+        energy_sensor="package-0",
+    ),
     error=ERROR,
 )
 
@@ -266,7 +279,14 @@ VALUES: dict[str, msgspec.Struct] = {
     "memory.merge": MemoryMerge(entries=[FIRST, SECOND]),
     "memory.merged": MemoryMerged(stored=1, already=2, waiting=3, refused=4),
     # model
-    "model.token": RunToken(index=5, token=2025, text=" pot", logprob=-0.125, entropy=1.5),
+    "model.token": RunToken(
+        index=5,
+        token=2025,
+        text=" pot",
+        logprob=-0.125,
+        entropy=1.5,
+        top=[TokenChance(token=2025, text=" pot", logprob=-0.125)],
+    ),
     "model.done": DONE,
     "model.generate": ModelGenerate(
         conversation="garden",
@@ -279,6 +299,15 @@ VALUES: dict[str, msgspec.Struct] = {
         seed=7,
         stop=["\n\n"],
         ignore_eos=True,
+        prompt="The key lies",
+        prompt_tokens=[504, 1542],
+        min_p=0.0625,
+        repetition_penalty=1.25,
+        top_logprobs=3,
+        json_schema="{}",
+        priority="background",
+        on_overflow="window",
+        keep=False,
     ),
     "model.answer": DONE,
     "model.cancel": ModelCancel(run=RUN_ID),

@@ -93,6 +93,8 @@ def _values(info: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         return st.one_of(*map(_values, info.types))
     if isinstance(info, inspect.StructType):
         return structs(info.cls)
+    if isinstance(info, inspect.LiteralType):
+        return st.sampled_from(info.values)
     simple = {inspect.BoolType: st.booleans(), inspect.NoneType: st.none(), inspect.AnyType: st.text(max_size=5)}
     return simple[type(info)]
 

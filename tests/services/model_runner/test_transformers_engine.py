@@ -66,10 +66,10 @@ def test_steps_past_windows_and_growths_stay_right(small_model: Path, prompt_tok
 
 
 def test_chunks_end_at_absolute_multiples() -> None:
-    assert chunk_ends(0, 600) == [256, 512, 600]
-    assert chunk_ends(100, 600) == [256, 512, 600]
-    assert chunk_ends(256, 512) == [512]
-    assert chunk_ends(5, 5) == []
+    assert chunk_ends(0, 600, 256) == [256, 512, 600]
+    assert chunk_ends(100, 600, 256) == [256, 512, 600]
+    assert chunk_ends(256, 512, 256) == [512]
+    assert chunk_ends(5, 5, 256) == []
 
 
 def test_a_prefill_cancelled_between_chunks_and_taken_up_again_is_bit_identical(small_model: Path) -> None:
@@ -247,3 +247,45 @@ def test_the_interface_and_all_but_the_engine_import_without_torch() -> None:
         [sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tokens", [0, 30, 256, 300])
+def test_a_fork_goes_on_as_its_source_does_and_leaves_it_alone(small_model: Path, tokens: int) -> None:
+    engine = load(small_model)
+    source = engine.new_cache(1024)
+    engine.prefill(source, TOKENS[:tokens])
+    fork = engine.fork(source, tokens, 512)
+    assert fork is not None
+    expected = engine.step(source, 9)
+    assert (fork.length, fork.capacity_tokens) == (tokens, 512)
+    np.testing.assert_array_equal(engine.step(fork, 9), expected)
+
+
+def test_a_fork_of_whole_chunks_is_what_reading_them_gives(small_models: dict[str, Path]) -> None:
+    engine = load(small_models["llama"])
+    source, alone = engine.new_cache(1024), engine.new_cache(1024)
+    engine.prefill(source, TOKENS[:300])
+    engine.prefill(alone, TOKENS[:256])
+    fork = engine.fork(source, 256, 1024)
+    assert fork is not None
+    np.testing.assert_array_equal(engine.step(fork, 9), engine.step(alone, 9))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_a_fork_of_what_a_window_has_left_behind_is_none(small_models: dict[str, Path], family: str) -> None:
+    engine = load(small_models[family])
+    source = engine.new_cache(1024)
+    engine.prefill(source, TOKENS[:400])
+    assert engine.fork(source, 256, 1024) is None
+
+
+def test_a_closed_cache_holds_no_memory_and_cannot_be_used(small_model: Path) -> None:
+    engine = load(small_model)
+    cache = engine.new_cache(1024)
+    engine.prefill(cache, TOKENS[:30])
+    assert cache.allocated_bytes >= 30 * engine.spec.kv_bytes_per_token
+    cache.close()
+    cache.close()
+    assert cache.allocated_bytes == 0
+    with pytest.raises(ModelError, match="closed"):
+        engine.step(cache, 9)
