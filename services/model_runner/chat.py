@@ -35,6 +35,10 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, name: str) -> None:
         self._tokenizer = tokenizer
         self.name = name
+        # Some tokenizers drop the space that a text begins with: a piece is decoded after another token.
+        self._before_piece = self.encode("a", special=False)
+        self._text_before_piece = self.decode(self._before_piece)
+        self._pieces: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: Path, gguf_file: str = "") -> ChatFormat:
@@ -68,6 +72,15 @@ class ChatFormat:
             list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return text
+
+    def piece(self, token: int) -> str:
+        """The text of one token as it stands within a text: a leading space stays. Special tokens are written out;
+        part of a character is U+FFFD."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = self.decode([*self._before_piece, token], special=True)[len(self._text_before_piece) :]
+            self._pieces[token] = known
+        return known
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The whole prompt's text, up to where the assistant speaks.

@@ -14,7 +14,7 @@ import msgspec
 
 from protocol.errors import InvalidPrompt, ModelError
 from services.model_runner.engine import Engine, KVCache, Logits, OnProgress, ShouldStop
-from services.model_runner.sampling import Sampler, SamplingSettings
+from services.model_runner.sampling import Chance, Sampler, SamplingSettings
 
 
 class GenerationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,6 +25,8 @@ class GenerationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """Texts that end the answer and are not part of it; found by whoever turns tokens into text."""
     ignore_eos: bool = False
     """Go on past the end of sequence: for measuring."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are named with each token."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -102,6 +104,8 @@ class GeneratedToken:
     """Natural logarithm of its probability under the model, before temperature."""
     entropy: float
     """Of the model's distribution, nats."""
+    top: tuple[Chance, ...] = ()
+    """The likeliest tokens, best first, as many as ``GenerationSettings.top_logprobs`` says."""
 
 
 def begin(
@@ -211,7 +215,7 @@ def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedT
     """Choose the next token from ``logits``, those of the step that read the pending one, and make it the pending
     one; sets ``finish_reason`` when it is the answer's last. Raises ModelError when the logits are not numbers."""
     settings = state.settings
-    choice = state.sampler.sample(logits, state.tokens)
+    choice = state.sampler.sample(logits, state.tokens, top=settings.top_logprobs)
     state.tokens.append(choice.token)
     state.new_tokens += 1
     state.timing.decoded_tokens += 1
@@ -219,7 +223,7 @@ def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedT
         state.finish_reason = "stop"
     elif state.new_tokens >= settings.max_new_tokens:
         state.finish_reason = "length"
-    return GeneratedToken(state.new_tokens - 1, choice.token, choice.logprob, choice.entropy)
+    return GeneratedToken(state.new_tokens - 1, choice.token, choice.logprob, choice.entropy, choice.top)
 
 
 def _prefill(

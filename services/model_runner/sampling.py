@@ -1,14 +1,22 @@
 """Choosing the next token from logits: greedy, or seeded random sampling.
 
+The filters work in one order, that of transformers: repetition penalty, temperature, top-k, top-p (of what top-k
+left), min-p (relative to the likeliest). A constraint comes before all of them: what it forbids is no candidate.
+
 The random numbers are counter-based (Philox, Salmon et al., SC 2011): draw ``n`` of a seed is a pure function of
-both, so the whole state of a sampler is two integers, and a resumed run draws what the uninterrupted one would have.
+both, so the whole state of a sampler is two integers, a resumed run draws what the uninterrupted one would have, and
+what else is in a batch has no part in it.
+
+A choice costs a few passes over the vocabulary in float32 and hardly ever a sort of it: candidates stay in the
+order of their ids, and only the weights of those near the likeliest are sorted to find where a nucleus ends.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,11 +25,19 @@ import numpy.typing as npt
 from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
 from services.model_runner.engine import Logits
 
-_NUCLEUS_GUESS = 1024
-"""Tokens looked at first for a nucleus: nearly always enough, and much cheaper than sorting a vocabulary."""
-
-_IMPOSSIBLE = -1e4
+_IMPOSSIBLE = np.float32(-1e4)
 """Natural logarithm of no probability at all, and finite: a logit of -inf times its weight of 0 is no number."""
+
+_COLDEST = 1e-6
+"""Temperatures below are taken as this one: float32 holds nothing finer."""
+
+_DEPTHS = (4.0, 10.0)
+"""How far below the likeliest candidates are looked for first, nats: nearly always enough, and then few."""
+
+_BLOCK = 512
+
+Indices = npt.NDArray[np.intp]
+Weights = npt.NDArray[np.float32]
 
 
 class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,6 +52,8 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repetition_penalty: float = 1.0
     """Tokens already in the context are made less likely by this factor (Keskar et al., 2019); 1 is off."""
     seed: int = 0
+    min_p: float = 0.0
+    """Only tokens at least this likely relative to the likeliest (Nguyen et al., 2024); 0 is off."""
 
     def __post_init__(self) -> None:
         for field, fits, wanted in (
@@ -44,6 +62,7 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
         ):
             if not fits:  # A NaN fits nothing.
                 raise InvalidPrompt(
@@ -54,15 +73,26 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
 
+class Chance(NamedTuple):
+    """A token that might have come."""
+
+    token: int
+    logprob: float
+    """Natural logarithm of its probability under the model."""
+
+
 class Choice(NamedTuple):
-    """A chosen token, and what the model thought. Both figures are of the model's own distribution over the whole
-    vocabulary, before penalty, temperature and truncation: they measure the model's confidence, not the sampler's."""
+    """A chosen token, and what the model thought. All figures are of the model's own distribution over the whole
+    vocabulary, before constraint, penalty, temperature and truncation: they measure the model's confidence, not the
+    sampler's."""
 
     token: int
     logprob: float
     """Natural logarithm of the token's probability."""
     entropy: float
     """Nats."""
+    top: tuple[Chance, ...] = ()
+    """The likeliest tokens, best first, of equals the lower id first; as many as were asked for."""
 
 
 class Sampler:
@@ -71,12 +101,25 @@ class Sampler:
     def __init__(self, settings: SamplingSettings, draws: int = 0) -> None:
         self.settings = settings
         self.draws = draws
+        self._said = _Said()
 
-    def sample(self, logits: Logits, context: Sequence[int] = ()) -> Choice:
-        """Choose from ``logits``, float32 of shape (vocab_size,).
+    def sample(
+        self,
+        logits: Logits,
+        context: Sequence[int] = (),
+        *,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        top: int = 0,
+    ) -> Choice:
+        """Choose from ``logits``, float32 of shape (vocab_size,); they are left as they are.
 
-        ``context`` are the tokens that the repetition penalty counts as said; unused when it is off.
-        Raises ModelError when the logits are not numbers.
+        Args:
+            context: the tokens that the repetition penalty counts as said; unused when it is off. Between calls
+                with one list it may only have grown at its end.
+            allowed: shape (vocab_size,): which tokens may be chosen; None: all.
+            top: how many of the likeliest to name in the choice.
+
+        Raises ModelError when the logits are not numbers, or when nothing that is allowed is possible.
         """
         best = float(logits.max())
         if not math.isfinite(best):
@@ -85,25 +128,90 @@ class Sampler:
                 hint="the computation overflowed: run the model in bfloat16 or float32, and check its files",
                 reason="logits not finite",
             )
-        shifted = np.maximum(logits - best, _IMPOSSIBLE)
-        weights = np.exp(shifted)
-        total = float(weights.sum(dtype=np.float64))
-        log_total = float(np.log(total))
-        entropy = log_total - float(np.dot(weights, shifted)) / total
-        token = self._choose(logits, context)
-        return Choice(token, float(shifted[token]) - log_total, max(entropy, 0.0))
+        room = _room(len(logits))
+        shifted = np.subtract(logits, np.float32(best), out=room[0])
+        weights = np.exp(shifted, out=room[1])
+        total = float(weights.sum())
+        log_total = math.log(total)
+        # einsum and not dot: BLAS would wake its own threads, whose number changes the sum.
+        mean = float(np.einsum("i,i->", weights, shifted))
+        if math.isnan(mean):
+            mean = float(np.einsum("i,i->", weights, np.maximum(shifted, _IMPOSSIBLE)))
+        token = self._choose(logits, shifted, weights, context, allowed)
+        return Choice(
+            token,
+            max(float(shifted[token]), float(_IMPOSSIBLE)) - log_total,
+            max(log_total - mean / total, 0.0),
+            likeliest(shifted, log_total, top) if top else (),
+        )
 
-    def _choose(self, logits: Logits, context: Sequence[int]) -> int:
+    def _choose(
+        self,
+        logits: Logits,
+        shifted: Logits,
+        weights: Weights,
+        context: Sequence[int],
+        allowed: npt.NDArray[np.bool_] | None,
+    ) -> int:
         settings = self.settings
+        scores = shifted
         if settings.repetition_penalty != 1.0 and len(context):
-            logits = _penalised(logits, context, settings.repetition_penalty)
+            # Of the model's own logits: the penalty depends on their sign.
+            scores = _penalised(logits, self._said.in_(context), settings.repetition_penalty)
+        tokens: Indices | None = None
+        if allowed is not None:
+            count = int(np.count_nonzero(allowed))
+            if 4 * count < len(allowed):
+                tokens = np.flatnonzero(allowed)
+                scores = scores[tokens]
+            else:
+                scores = np.where(allowed, scores, np.float32(-np.inf))
+        if scores is not shifted and (not len(scores) or float(scores.max()) == -math.inf):
+            raise ModelError(
+                "choosing a token: the model gives no probability to any token that is allowed here",
+                hint="loosen the constraint, or use another model",
+                reason="no token allowed",
+            )
         if settings.temperature == 0.0:
-            return int(logits.argmax())
-        best = _likeliest(logits, settings.top_k) if settings.top_k else None
-        candidates, weights = _nucleus(logits, best, settings.temperature, settings.top_p)
-        cumulative = np.cumsum(weights)
-        at = np.searchsorted(cumulative, self._uniform() * cumulative[-1], side="right")
-        return int(candidates[min(int(at), len(candidates) - 1)])
+            at = int(scores.argmax())
+        else:
+            known = scores is shifted and settings.temperature == 1.0
+            if scores is not shifted:
+                scores -= scores.max()
+            at = self._draw(scores, weights if known else None)
+        return at if tokens is None else int(tokens[at])
+
+    def _draw(self, scores: Logits, weights: Weights | None) -> int:
+        """An index of ``scores``, whose largest is 0, by temperature and filters; ``weights`` are exp(scores) where
+        they are known."""
+        settings = self.settings
+        temperature = max(settings.temperature, _COLDEST)
+        kept: Indices | None = None
+
+        def keep(found: Indices) -> None:
+            nonlocal kept, scores, weights
+            kept = found if kept is None else kept[found]
+            scores = scores[found]
+            weights = None if weights is None else weights[found]
+
+        # top-k and min-p look at the order and at differences alone: before the temperature is as well as after it,
+        # and what they leave out need not be computed any further.
+        if 0 < settings.top_k < len(scores):
+            keep(_largest(scores, settings.top_k))
+        least = temperature * math.log(settings.min_p) if settings.min_p else -math.inf
+        if settings.min_p and settings.top_p == 1.0:
+            keep(np.flatnonzero(scores >= np.float32(least)))
+        if weights is None:
+            weights = _room(len(scores))[1]
+            with np.errstate(over="ignore"):  # A logit near float32's least becomes -inf here, which is right.
+                np.divide(scores, np.float32(temperature), out=weights)
+            np.exp(weights, out=weights)
+        if settings.top_p < 1.0:
+            keep(_nucleus(weights, settings.top_p * float(weights.sum())))
+            if settings.min_p:
+                keep(np.flatnonzero(scores >= np.float32(least)))
+        at = _weighted(weights, self._uniform())
+        return at if kept is None else int(kept[at])
 
     def _uniform(self) -> float:
         """Draw number ``draws`` of the seed, in [0, 1) with 53 bits."""
@@ -117,7 +225,10 @@ class Sampler:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Sampler:
-        """The sampler that ``to_state`` described. Raises SnapshotRefused when it does not fit."""
+        """The sampler that ``to_state`` described; settings that an older version did not have are off.
+
+        Raises SnapshotRefused when it does not fit.
+        """
         rest = dict(state)
         rng, draws = rest.pop("rng", None), rest.pop("draws", None)
         try:
@@ -136,52 +247,121 @@ class Sampler:
         )
 
 
-def _penalised(logits: Logits, context: Sequence[int], penalty: float) -> Logits:
-    said = np.unique(np.asarray(context, dtype=np.int64))
+class _Said:
+    """The different tokens of a context that grows: each is looked at once, not once a step."""
+
+    def __init__(self) -> None:
+        self._context: Sequence[int] = ()
+        self._counted = 0
+        self._known: set[int] = set()
+        self._ids = np.empty(256, dtype=np.intp)
+
+    def in_(self, context: Sequence[int]) -> Indices:
+        counted = self._counted
+        if context is not self._context or len(context) < counted:
+            self._context, self._known, counted = context, set(), 0
+        for token in context[counted:]:
+            if token not in self._known:
+                if len(self._known) == len(self._ids):
+                    self._ids = np.concatenate((self._ids, np.empty_like(self._ids)))
+                self._ids[len(self._known)] = token
+                self._known.add(token)
+        self._counted = len(context)
+        return self._ids[: len(self._known)]
+
+
+class _Rooms(threading.local):
+    """Two arrays of the size of a vocabulary for each thread: memory of that size is handed back to the system when
+    it is freed, and to get it anew at each step costs more than the sums."""
+
+    arrays: tuple[Weights, Weights] = (np.empty(0, dtype=np.float32), np.empty(0, dtype=np.float32))
+
+
+_rooms = _Rooms()
+
+
+def _room(size: int) -> tuple[Weights, Weights]:
+    if len(_rooms.arrays[0]) < size:
+        _rooms.arrays = (np.empty(size, dtype=np.float32), np.empty(size, dtype=np.float32))
+    first, second = _rooms.arrays
+    return first[:size], second[:size]
+
+
+def likeliest(shifted: Logits, log_total: float, count: int) -> tuple[Chance, ...]:
+    """The ``count`` likeliest tokens, best first; ``shifted`` are logits less the largest, ``log_total`` the
+    logarithm of the sum of their exponentials."""
+    found = _largest(shifted, count) if count < len(shifted) else np.arange(len(shifted))
+    order = np.argsort(-shifted[found], kind="stable")
+    return tuple(
+        Chance(int(token), max(float(shifted[token]), float(_IMPOSSIBLE)) - log_total) for token in found[order]
+    )
+
+
+def _penalised(logits: Logits, said: Indices, penalty: float) -> Logits:
     scores = logits.copy()
-    scores[said] = np.where(scores[said] > 0, scores[said] / penalty, scores[said] * penalty)
+    here = scores[said]
+    factor = np.float32(penalty)
+    scores[said] = np.where(here > 0, here / factor, here * factor)
     return scores
 
 
-def _likeliest(logits: Logits, count: int) -> npt.NDArray[np.intp]:
-    """The ``count`` likeliest tokens, best first; of equals the lower id, so that no sort's whim decides."""
-    if count < len(logits):
-        threshold = np.partition(logits, len(logits) - count)[len(logits) - count]
-        found = np.flatnonzero(logits >= threshold)
-    else:
-        found = np.arange(len(logits))
-    order = np.argsort(-logits[found], kind="stable")
-    return found[order][:count]
+def _first(values: Logits, least: np.float32, count: int) -> Indices:
+    """Indices of the ``count`` largest, where ``least`` is the value of the last of them; of equals the lower index,
+    so that no sort's whim decides."""
+    found = np.flatnonzero(values >= least)
+    if len(found) > count:
+        equal = np.flatnonzero(values[found] == least)
+        found = np.delete(found, equal[len(equal) - (len(found) - count) :])
+    return found
 
 
-def _nucleus(
-    logits: Logits, candidates: npt.NDArray[np.intp] | None, temperature: float, top_p: float
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """Candidates cut to the nucleus, and their unnormalised probabilities; ``None`` stands for the vocabulary."""
-    if candidates is not None:
-        weights = _weights(logits[candidates], temperature)
-        return _cut(candidates, weights, top_p, float(weights.sum()))
-    if top_p == 1.0:
-        return np.arange(len(logits)), _weights(logits, temperature)
-    total = float(_weights(logits, temperature).sum())
-    likeliest = _likeliest(logits, _NUCLEUS_GUESS)
-    weights = _weights(logits[likeliest], temperature)
-    if weights.sum() < top_p * total:
-        likeliest = _likeliest(logits, len(logits))
-        weights = _weights(logits[likeliest], temperature)
-    return _cut(likeliest, weights, top_p, total)
+def _largest(values: Logits, count: int) -> Indices:
+    """Indices of the ``count`` largest of ``values``, whose largest is 0; ascending."""
+    for depth in _DEPTHS:
+        near = np.flatnonzero(values >= np.float32(-depth))
+        if len(near) >= count:
+            some = values[near]
+            least = np.partition(some, len(some) - count)[len(some) - count]
+            return near[_first(some, least, count)]
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    return _first(values, least, count)
 
 
-def _cut(
-    candidates: npt.NDArray[np.intp], weights: npt.NDArray[np.float64], top_p: float, total: float
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The fewest of the best-first ``candidates`` that reach ``top_p`` of ``total``; at least one."""
-    kept = int(np.searchsorted(np.cumsum(weights), top_p * total)) + 1
-    return candidates[:kept], weights[:kept]
+def _nucleus(weights: Weights, wanted: float) -> Indices:
+    """Indices of the fewest of the largest ``weights`` (the largest is 1) that together reach ``wanted``; ascending."""
+    near: Indices | None = None
+    some = weights
+    for depth in _DEPTHS:
+        here = weights >= np.float32(math.exp(-depth))
+        if 4 * np.count_nonzero(here) > len(weights):
+            break  # A flat distribution: picking would cost as much as it saves.
+        found = np.flatnonzero(here)
+        taken = weights[found]
+        if float(taken.sum()) >= wanted:
+            near, some = found, taken
+            break
+    ranked = np.sort(some)[::-1]
+    last = _passing(ranked, wanted, "left")
+    kept = _first(some, ranked[last], last + 1)
+    return kept if near is None else near[kept]
 
 
-def _weights(logits: Logits, temperature: float) -> npt.NDArray[np.float64]:
-    """exp(logits / temperature) up to a common factor, in float64 so that a small temperature loses nothing."""
-    scaled = logits.astype(np.float64) / temperature
-    weights: npt.NDArray[np.float64] = np.exp(scaled - scaled.max())
-    return weights
+def _weighted(weights: Weights, uniform: float) -> int:
+    """The index at which the running sum of ``weights`` passes ``uniform`` of their total; never one of no weight."""
+    at = _passing(weights, uniform * float(weights.sum(dtype=np.float64)), "right")
+    # The ways of adding up differ in the last digit: an end without weight may be reached.
+    return at if weights[at] else int(np.flatnonzero(weights)[-1])
+
+
+def _passing(weights: Weights, aim: float, side: Literal["left", "right"]) -> int:
+    """The first index at which the running sum of ``weights`` reaches (``left``) or passes (``right``) ``aim``, the
+    last index when none does. Blocks are added up first: a running sum over a whole vocabulary is slow, and coarse."""
+    whole = len(weights) // _BLOCK * _BLOCK
+    sums = np.cumsum(weights[:whole].reshape(-1, _BLOCK).sum(axis=1), dtype=np.float64)
+    block = int(np.searchsorted(sums, aim, side=side))
+    if block == len(sums) and whole == len(weights):
+        return len(weights) - 1
+    before = float(sums[block - 1]) if block else 0.0
+    start = block * _BLOCK
+    part = np.cumsum(weights[start : start + _BLOCK], dtype=np.float64)
+    return start + min(int(np.searchsorted(part, aim - before, side=side)), len(part) - 1)

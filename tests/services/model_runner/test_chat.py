@@ -129,3 +129,13 @@ def test_a_base_model_has_no_chat(chat: ChatFormat, small_models: dict[str, Path
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="loading the tokenizer"):
         ChatFormat.load(tmp_path)
+
+
+def test_a_piece_is_a_tokens_text_within_a_text(chat: ChatFormat) -> None:
+    space, letter, part = chat.encode(" xé", special=False)[:3]
+    assert [chat.piece(token) for token in (space, letter, part, EOS)] == [
+        " ",
+        "x",
+        "\N{REPLACEMENT CHARACTER}",
+        "<|im_end|>",
+    ]

@@ -128,3 +128,12 @@ def test_an_empty_prompt_and_impossible_settings_are_refused(engine: Transformer
         GenerationSettings(max_new_tokens=0)
     with pytest.raises(InvalidPrompt, match="stop text is empty"):
         GenerationSettings(stop=("a", ""))
+
+
+def test_the_likeliest_tokens_are_named_when_asked_for(engine: TransformersEngine) -> None:
+    state = begin(engine, PROMPT, settings=GenerationSettings(5, ignore_eos=True, top_logprobs=3))
+    for token in generate(engine, state):
+        assert len(token.top) == 3
+        assert token.top[0] == (token.token, token.logprob)  # Greedy.
+        assert token.top[0].logprob >= token.top[1].logprob >= token.top[2].logprob
+    assert all(not token.top for token in generate(engine, new(engine, count=3)))
