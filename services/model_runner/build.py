@@ -1,0 +1,119 @@
+"""The child process that builds a model for ONNX Runtime: ``python -m services.model_runner.build SOURCE FOLDER
+PRECISION PROVIDER [--no-check]``.
+
+onnxruntime-genai's builder writes the graph, with keys and values as plain inputs and outputs; then the graph is
+compared with its source (build_check.py). Started by edge/model_build.py, which reads the lines of JSON on standard
+output (``edge.model_build.Said``); what the libraries say goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from edge.model_build import EXIT_PACKAGES_MISSING, EXIT_REFUSED, Said
+from edge.model_cards import GRAPH_NAME
+from protocol.errors import ModelUnavailable
+
+_OPTIONS = ["windowed_kv_cache=false"]
+"""Sliding layers take and give all positions, as full ones do: what an engine keeps of them is its own affair."""
+_COPIED = ("config.json", "generation_config.json")
+_PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "mindstream")
+
+
+def build(source: Path, folder: Path, precision: str, provider: str, check: bool, say: Callable[[Said], None]) -> None:
+    """Build the model in ``source`` into ``folder``. Raises ImportError, ModelUnavailable, OSError."""
+    say(Said(doing="loading torch, transformers and the builder"))
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    architecture = _architecture(source)
+    say(Said(doing=f"building {architecture} as {precision} for {provider}"))
+    scratch = folder / "scratch"
+    try:
+        options = parse_extra_options("", str(source), str(folder), precision, provider, str(scratch), _OPTIONS)
+        _one_rope_base(options["hf_details"]["hf_config"])
+        create_model("", str(source), str(folder), precision, provider, str(scratch), **options)
+    except NotImplementedError as error:
+        raise ModelUnavailable(
+            f"onnxruntime-genai {version('onnxruntime-genai')} builds no {architecture}: {error}",
+            reason="unknown architecture",
+        ) from error
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / GRAPH_NAME).is_file():
+        raise ModelUnavailable(f"the builder left no {GRAPH_NAME}: {sorted(path.name for path in folder.iterdir())}")
+    measured = None
+    if check:
+        from services.model_runner.build_check import check_built
+
+        measured = check_built(source, folder, provider, lambda line: say(Said(doing=line)))
+    say(
+        Said(
+            method="the builder's own rounding" if precision.startswith("int") else "",
+            versions=_versions(),
+            architecture=architecture,
+            measured=measured,
+        )
+    )
+
+
+def _one_rope_base(config: Any) -> None:
+    """transformers 5 keeps the RoPE base for each kind of layer; the builder looks where version 4 kept the two."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "full_attention" in rope and "sliding_attention" in rope:
+        config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+        config.rope_parameters = rope["full_attention"]
+
+
+def _architecture(source: Path) -> str:
+    try:
+        config: dict[str, Any] = msgspec.json.decode((source / "config.json").read_bytes())
+        return str(config["architectures"][0])
+    except (OSError, msgspec.MsgspecError, LookupError, TypeError) as error:
+        raise ModelUnavailable(f"{source / 'config.json'} names no architecture: {error}") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """The child process of a build."""
+    answers: IO[bytes] = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # the builder prints
+    warnings.simplefilter("ignore")
+
+    def say(said: Said) -> None:
+        answers.write(msgspec.json.encode(said) + b"\n")
+
+    source, folder, precision, provider, *rest = arguments
+    try:
+        logging.disable(logging.INFO)
+        build(Path(source), Path(folder), precision, provider, "--no-check" not in rest, say)
+    except ImportError as error:
+        print(f"a package is not installed: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_PACKAGES_MISSING
+    except ModelUnavailable as error:
+        print(error.message, file=sys.stderr)
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
