@@ -188,6 +188,15 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
         int,
         Meta(ge=1, le=10_000, description="Conversations with a KV cache in memory; the one unused for longest goes."),
     ] = 8
+    max_batch: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1024,
+            description="Answers that are decoded together. 0: as many as the engine takes. 1: each alone, in turns: "
+            "company then changes no bit of any answer.",
+        ),
+    ] = 0
 
 
 class HomeAssistantConfig(msgspec.Struct, forbid_unknown_fields=True):

@@ -62,6 +62,13 @@ class Conversation:
         self.messages = messages
         self.turn_start = turn_start
         self.last_command = ""
+        self.keep = True
+        """Whether it is kept on disk; else it goes when its memory is wanted."""
+
+    @property
+    def chats(self) -> bool:
+        """Whether it speaks in messages, by the model's chat template; else it is plain text."""
+        return bool(self.messages)
 
     def record(self) -> Record:
         """What is to be kept on disk."""
@@ -77,6 +84,16 @@ class Conversation:
             capacity_tokens=state.cache.capacity_tokens,
             last_command=self.last_command,
         )
+
+
+def unknown(name: str) -> ConversationUnknown:
+    """For a conversation that is not here."""
+    return ConversationUnknown(
+        f"looking for conversation {name!r}: this node has none of that name",
+        hint="begin it with a message, or hand it off from the node that has it",
+        field="conversation",
+        reason="unknown",
+    )
 
 
 class Conversations:
@@ -105,8 +122,8 @@ class Conversations:
         self._now_us = now_us
         self._on_evict = on_evict
         self._live: OrderedDict[str, Conversation] = OrderedDict()
-        self.in_use = ""
-        """The conversation that is being answered: it stays in memory, or two states of it would come to be."""
+        self.in_use: set[str] = set()
+        """Conversations that are being answered: they stay in memory, or two states of one would come to be."""
 
     def names(self) -> list[str]:
         """Every conversation on this node, the newest first."""
@@ -145,29 +162,29 @@ class Conversations:
         """Like find(); raises ConversationUnknown."""
         found = self.find(name)
         if found is None:
-            raise ConversationUnknown(
-                f"looking for conversation {name!r}: this node has none of that name",
-                hint="begin it with a message, or hand it off from the node that has it",
-                field="conversation",
-                reason="unknown",
-            )
+            raise unknown(name)
         return found
 
     def hold(self, conversation: Conversation) -> Conversation:
         """Keep it in memory, in place of any other of its name, making room if need be."""
+        before = self._live.get(conversation.name)
+        if before is not None and before is not conversation:
+            before.state.cache.close()
         self._live[conversation.name] = conversation
         self._live.move_to_end(conversation.name)
         while len(self._live) > self._in_memory:
-            name = next((each for each in self._live if each not in (self.in_use, conversation.name)), None)
+            name = next((each for each in self._live if each != conversation.name and each not in self.in_use), None)
             if name is None:
                 break
-            del self._live[name]
+            self._live.pop(name).state.cache.close()
             self._on_evict(name)
         return conversation
 
     def forget(self, name: str) -> None:
         """Let go of what is in memory of it: it is again as it was kept last."""
-        self._live.pop(name, None)
+        known = self._live.pop(name, None)
+        if known is not None:
+            known.state.cache.close()
 
     def save(self, conversation: Conversation) -> None:
         """Commit it. Raises StorageError."""

@@ -43,8 +43,11 @@ from protocol.messages import (
     SnapshotSaved,
 )
 from services.model_runner import snapshot
+from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations
-from services.model_runner.worker import Loaded, Run, Worker
+from services.model_runner.rounds import Loaded
+from services.model_runner.saying import Sayer
+from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,8 @@ MANIFEST_TTL_MS = 10_000
 ANSWER_MARGIN_MS = 1_000
 """So long before the asker's patience ends it is told that the holder is silent."""
 TRANSFER_TIMEOUT_S = 540.0
+ANSWERING_SHOWN = 8
+"""Conversations that are being answered, named in the state."""
 
 
 class ModelRunner(Service):
@@ -69,6 +74,7 @@ class ModelRunner(Service):
         self.store = SnapshotStore(self.context.data_dir / "snapshots")
         self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
+        self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.worker = Worker(self._load, self._say_token)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
         # One: each holds a copy of a KV cache until it is on the disk.
@@ -80,6 +86,7 @@ class ModelRunner(Service):
 
     def teardown(self) -> None:
         self.worker.stop()
+        self.sayer.stop()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._savers.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
@@ -94,12 +101,14 @@ class ModelRunner(Service):
         return "init", f"loading {self.config.model.name}"
 
     def stuck(self) -> str:
-        return super().stuck() or ("the model worker has ended" if self.worker.died else "")
+        ended = self.worker.died or self.sayer.died
+        return super().stuck() or ("the model worker has ended" if ended else "")
 
     def details(self) -> dict[str, Any]:
-        loaded, usage = self.worker.loaded, self.worker.last_usage
-        if loaded is None:
+        loaded, rounds = self.worker.loaded, self.worker.rounds
+        if loaded is None or rounds is None:
             return {"model": self.config.model.name}
+        usage, answering = rounds.last_usage, rounds.answering
         spec, numerics = loaded.engine.spec, loaded.engine.fingerprint
         return {
             "model": spec.name,
@@ -109,7 +118,9 @@ class ModelRunner(Service):
             "dtype": spec.dtype,
             "dtype_reason": spec.dtype_reason,
             "queued": self.worker.queued,
-            **({"answering": self.worker.running} if self.worker.running else {}),
+            "running": len(answering),
+            "batch_mean": round(rounds.totals.batch_mean, 2),
+            **({"answering": answering[:ANSWERING_SHOWN]} if answering else {}),
             **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
         }
 
@@ -143,7 +154,8 @@ class ModelRunner(Service):
             now_us=lambda: time.time_ns() // 1000,
             on_evict=self._evicted,
         )
-        return Loaded(engine, ChatFormat.load(files.folder), conversations, context, device.reason)
+        chat = ChatFormat.load(files.folder)
+        return Loaded(engine, chat, conversations, context, device.reason, settings.max_batch)
 
     def _evicted(self, name: str) -> None:
         self.bus.counters.add("evicted.kv_cache")
@@ -158,7 +170,14 @@ class ModelRunner(Service):
         """Queue a run; answered at its end, its tokens being said meanwhile."""
         answer = Deferred()
         identifier = message.data.run or message.id
-        run = Run(identifier, f"{message.node}/{message.id}", message.data, Future())
+        run = Run(
+            identifier,
+            f"{message.node}/{message.id}",
+            message.data,
+            Future(),
+            asker=message.source,
+            expires_s=message.received_s + message.ttl_ms / 1000,
+        )
         run.done.add_done_callback(lambda done: self._end_of_run(identifier, done, answer))
         self.worker.submit(run)
         return answer
@@ -169,6 +188,10 @@ class ModelRunner(Service):
         return ModelCancelled(found=self.worker.cancel(message.data.run))
 
     def _say_token(self, run: str, token: RunToken) -> None:
+        """On the worker's thread."""
+        self.sayer.say(lambda: self._publish_token(run, token), droppable=True)
+
+    def _publish_token(self, run: str, token: RunToken) -> None:
         try:
             self.bus.say(token, run=run, timeout_s=2.0)
         except MindstreamError as error:
@@ -177,6 +200,10 @@ class ModelRunner(Service):
             log.warning("a token of run %s could not be said: %s", run, error)
 
     def _end_of_run(self, identifier: str, done: Future[RunDone], answer: Deferred) -> None:
+        """On the worker's thread: the end is said after the run's tokens."""
+        self.sayer.say(lambda: self._publish_end(identifier, done, answer), droppable=False)
+
+    def _publish_end(self, identifier: str, done: Future[RunDone], answer: Deferred) -> None:
         error = done.exception()
         if error is not None:
             answer.set_exception(error)
@@ -225,7 +252,7 @@ class ModelRunner(Service):
         if not state.prefilled:
             snapshot.recompute(loaded.engine, state)
         messages = conversation.messages
-        if self.worker.running == name and len(state.tokens) > conversation.turn_start:
+        if name in self.worker.running and len(state.tokens) > conversation.turn_start:
             # In the middle of an answer: what has been said of it belongs to the history, wherever it goes on.
             if messages and messages[-1].role == "assistant":
                 messages = messages[:-1]
@@ -297,7 +324,7 @@ class ModelRunner(Service):
         return snapshot.why_not_exact(loaded.engine, manifest)
 
     def _check_not_running(self, name: str) -> None:
-        if self.worker.running == name:
+        if name in self.worker.running:
             raise ModelError(
                 f"resuming conversation {name!r}: one of that name is being answered here",
                 hint="wait for its end, cancel it, or give the resumed one another name",

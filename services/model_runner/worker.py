@@ -1,8 +1,8 @@
-"""The worker: one thread that owns the engine and all conversations, and does one thing at a time.
+"""The worker: one thread that owns the engine and all conversations.
 
-Runs are answered in the order in which they came. Between two tokens of a run the state is whole, so jobs that
-must not wait for its end (saving, resuming) are done there. This module knows nothing of the bus: it is given
-functions to call.
+It loads the model, then makes one round after another (rounds.py) for as long as there are runs. Between two rounds
+the state of every conversation is whole, so jobs that must not wait for the end of a run (saving, resuming) are done
+there. This module knows nothing of the bus: it is given functions to call.
 """
 
 from __future__ import annotations
@@ -12,44 +12,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from protocol.errors import Cancelled, MindstreamError, ModelUnavailable, to_wire
-from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken, Usage
-from services.model_runner.chat import ChatFormat
-from services.model_runner.conversations import Conversation, Conversations
-from services.model_runner.engine import Engine
-from services.model_runner.generation import GenerationSettings, begin, extend, generate
-from services.model_runner.sampling import SamplingSettings
+from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
+from protocol.messages import RunToken
+from services.model_runner.answers import Run
+from services.model_runner.rounds import Loaded, Rounds
+from services.model_runner.scheduler import Scheduler, Work
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass
-class Loaded:
-    """A model that is ready."""
-
-    engine: Engine
-    chat: ChatFormat
-    conversations: Conversations
-    max_context_tokens: int
-    device_reason: str
-    """Why the engine runs where it does."""
-
-
-@dataclass
-class Run:
-    """One answer to be given."""
-
-    identifier: str
-    command: str
-    """``node/id`` of the ask: the same when it is carried out again after a crash."""
-    ask: ModelGenerate
-    done: Future[RunDone]
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Worker:
@@ -57,7 +30,7 @@ class Worker:
 
     Args:
         load: loads the model; may raise ModelUnavailable, and is then tried again with backoff.
-        say_token: called with a run's id and each of its tokens.
+        say_token: called on the worker's thread with a run's id and each of its tokens: it must not take long.
     """
 
     RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
@@ -66,14 +39,14 @@ class Worker:
         self._load = load
         self._say_token = say_token
         self._wake = threading.Condition()
-        self._runs: deque[Run] = deque()
+        self._scheduler = Scheduler()
+        self._runs: dict[Work, Run] = {}
         self._jobs: deque[tuple[Callable[[Loaded], Any], Future[Any]]] = deque()
-        self._current: Run | None = None
         self._stopping = False
         self.loaded: Loaded | None = None
+        self.rounds: Rounds | None = None
         self.unavailable: MindstreamError | None = None
         """Why there is no model; None while it is being loaded, and once it is."""
-        self.last_usage: Usage | None = None
         self._thread = threading.Thread(target=self._main, name="model worker", daemon=True)
 
     def start(self) -> None:
@@ -81,7 +54,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the current token; what was not begun is left to the journal."""
+        """Stop after the current round; what has not ended is left to the journal."""
         with self._wake:
             self._stopping = True
             waiting = [done for _, done in self._jobs]
@@ -99,34 +72,36 @@ class Worker:
 
     @property
     def queued(self) -> int:
-        """Runs waiting, the one under way not counted."""
-        return len(self._runs)
+        """Runs that have not begun."""
+        return self._scheduler.count("waiting")
 
     @property
-    def running(self) -> str:
-        """The conversation that is being answered now, or nothing."""
-        current = self._current
-        return current.ask.conversation if current else ""
+    def running(self) -> list[str]:
+        """The conversations that are being answered now."""
+        return self.rounds.answering if self.rounds is not None else []
 
     def submit(self, run: Run) -> None:
         """Queue a run; its future resolves with its end. Raises ModelUnavailable when there is no model."""
+        work = Work(run.asker, run.ask.conversation, background=run.ask.priority == "background")
         with self._wake:
             self._check_available()
-            self._runs.append(run)
+            self._runs[work] = run
+            self._scheduler.add(work)
             self._wake.notify_all()
 
     def cancel(self, identifier: str) -> bool:
         """Stop a run, begun or not; whether there was one."""
         with self._wake:
-            current = self._current
-            if current is not None and current.identifier == identifier:
-                current.cancelled.set()
-                return True
-            queued = next((run for run in self._runs if run.identifier == identifier), None)
-            if queued is None:
+            found = next((work for work, run in self._runs.items() if run.identifier == identifier), None)
+            if found is None:
                 return False
-            self._runs.remove(queued)
-        queued.done.set_result(_not_begun(queued))
+            run = self._runs[found]
+            if found.stage != "waiting":
+                run.cancelled.set()
+                return True
+            self._scheduler.remove(found)
+            del self._runs[found]
+        run.done.set_result(run.not_begun())
         return True
 
     def between_tokens(self, job: Callable[[Loaded], T]) -> Future[T]:
@@ -150,21 +125,17 @@ class Worker:
 
     def _main(self) -> None:
         loaded = self._load_with_backoff()
-        while loaded is not None and not self._stopping:
+        if loaded is None:
+            return
+        rounds = self.rounds = Rounds(loaded, self._scheduler, self._runs, self._wake, self._say_token)
+        while not self._stopping:
             with self._wake:
-                while not (self._runs or self._jobs or self._stopping):
+                while not (self._scheduler.busy or self._scheduler.changed or self._jobs or self._stopping):
                     self._wake.wait()
-                run = self._runs.popleft() if self._runs and not self._jobs else None
-                self._current = run
-            if run is None:
-                self._do_jobs(loaded)
-                continue
-            done = self._answer(loaded, run)
-            with self._wake:
-                self._current = None
-            # A run cut short by the end of the process stays in the journal: it is begun again.
-            if done is not None:
-                run.done.set_result(done)
+            self._do_jobs(loaded)
+            rounds.begin_waiting()
+            if self._scheduler.busy and not self._stopping:
+                rounds.round()
 
     def _load_with_backoff(self) -> Loaded | None:
         wait_s = self.RETRY_FIRST_S
@@ -181,7 +152,9 @@ class Worker:
                     log.exception("%s", error)
                 with self._wake:
                     self.unavailable = error
-                    waiting = [run.done for run in self._runs] + [done for _, done in self._jobs]
+                    waiting = [run.done for run in self._runs.values()] + [done for _, done in self._jobs]
+                    for work in tuple(self._runs):
+                        self._scheduler.remove(work)
                     self._runs.clear()
                     self._jobs.clear()
                 for future in waiting:
@@ -201,118 +174,6 @@ class Worker:
                 done.set_result(job(loaded))
             except Exception as error:  # noqa: BLE001 - it is the job's outcome, and the asker is told
                 done.set_exception(error)
-
-    def _answer(self, loaded: Loaded, run: Run) -> RunDone | None:
-        try:
-            return self._generate(loaded, run)
-        except Exception as error:
-            if not isinstance(error, MindstreamError):
-                log.exception("run %s failed", run.identifier)
-            return RunDone(run.identifier, run.ask.conversation, "", [], "error", error=to_wire(error))
-
-    def _generate(self, loaded: Loaded, run: Run) -> RunDone | None:
-        """Answer one run; None when the end of the process cut it short: nothing of it is kept then."""
-        if run.cancelled.is_set():
-            return _not_begun(run)
-        conversations, name = loaded.conversations, run.ask.conversation
-        found = conversations.find(name)
-        if found is not None and found.last_command == run.command:
-            return self._answer_again(loaded, run, found)
-        conversation = self._prepare(loaded, run.ask, found)
-        conversations.in_use = name
-        try:
-            done = self._say_answer(loaded, run, conversation)
-            if done is not None:
-                conversations.save(conversation)
-            return done
-        except Exception:
-            # Half an answer is in memory: go back to what was kept, so that the same turn can be asked again.
-            conversations.forget(name)
-            raise
-        finally:
-            conversations.in_use = ""
-
-    def _say_answer(self, loaded: Loaded, run: Run, conversation: Conversation) -> RunDone | None:
-        state = conversation.state
-        stream = loaded.chat.stream(run.ask.stop)
-        for said in state.tokens[conversation.turn_start :]:
-            stream.push(said)
-        before = len(stream.text)
-        prompt_tokens = len(state.tokens)
-        for token in generate(loaded.engine, state, should_stop=lambda: self._stopping or run.cancelled.is_set()):
-            text = stream.push(token.token)
-            if state.finish_reason:
-                text += stream.finish()
-            self._say_token(run.identifier, RunToken(token.index, token.token, text, token.logprob, token.entropy))
-            if stream.stopped:
-                state.finish_reason = "stop"
-                break
-            if self._jobs:
-                self._do_jobs(loaded)
-        if state.finish_reason == "cancelled" and not run.cancelled.is_set():
-            return None
-        if conversation.messages and conversation.messages[-1].role == "assistant":
-            conversation.messages[-1].content = stream.text
-        else:
-            conversation.messages.append(ChatMessage(role="assistant", content=stream.text))
-        conversation.last_command = run.command
-        timing = state.timing
-        self.last_usage = Usage(
-            prompt_tokens=prompt_tokens,
-            cached_tokens=timing.reused_tokens,
-            completion_tokens=state.new_tokens,
-            ttft_ms=timing.first_token_s * 1000,
-            tokens_per_s=timing.tokens_per_s,
-        )
-        return RunDone(
-            run.identifier,
-            conversation.name,
-            stream.text[before:],
-            state.answer,
-            state.finish_reason,
-            usage=self.last_usage,
-        )
-
-    def _answer_again(self, loaded: Loaded, run: Run, conversation: Conversation) -> RunDone:
-        """The answer that was given and kept just before a crash, which the asker may not have heard of."""
-        state = conversation.state
-        stream = loaded.chat.stream(run.ask.stop)
-        begin_at = len(state.tokens) - state.new_tokens
-        for said in state.tokens[conversation.turn_start : begin_at]:
-            stream.push(said)
-        before = len(stream.text)
-        for said in state.answer:
-            stream.push(said)
-        if state.finish_reason != "cancelled":
-            stream.finish()
-        return RunDone(run.identifier, conversation.name, stream.text[before:], state.answer, state.finish_reason)
-
-    def _prepare(self, loaded: Loaded, ask: ModelGenerate, found: Conversation | None) -> Conversation:
-        """The conversation with this turn's tokens appended, ready to be answered."""
-        settings = GenerationSettings(ask.max_new_tokens, tuple(ask.stop), ask.ignore_eos)
-        if not ask.messages:
-            conversation = loaded.conversations.get(ask.conversation)
-            extend(loaded.engine, conversation.state, [], settings=settings)
-            return conversation
-        sampling = SamplingSettings(temperature=ask.temperature, top_k=ask.top_k, top_p=ask.top_p, seed=ask.seed)
-        messages = [*(found.messages if found else []), *ask.messages]
-        rendered = [{"role": message.role, "content": message.content} for message in messages]
-        if found is not None:
-            turn = loaded.chat.next_turn(found.state.tokens, rendered)
-            if turn.extends:
-                extend(loaded.engine, found.state, turn.tokens, sampling=sampling, settings=settings)
-                found.messages, found.turn_start = messages, len(found.state.tokens)
-                return found
-        tokens = loaded.chat.prompt(rendered)
-        state = begin(
-            loaded.engine, tokens, sampling=sampling, settings=settings, capacity_tokens=loaded.max_context_tokens
-        )
-        return loaded.conversations.hold(Conversation(ask.conversation, state, messages, len(tokens)))
-
-
-def _not_begun(run: Run) -> RunDone:
-    """The end of a run that was cancelled before it began."""
-    return RunDone(run.identifier, run.ask.conversation, "", [], "cancelled")
 
 
 def _stopped() -> Cancelled:

@@ -13,10 +13,12 @@ from edge.db import Database, open_database
 from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
+from services.model_runner.answers import Run
 from services.model_runner.chat import ChatFormat
 from services.model_runner.conversations import CONVERSATIONS, Conversations
+from services.model_runner.rounds import Loaded
 from services.model_runner.transformers_engine import TransformersEngine
-from services.model_runner.worker import Loaded, Run, Worker
+from services.model_runner.worker import Worker
 
 WAIT_S = 30.0
 
