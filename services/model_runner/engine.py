@@ -172,8 +172,9 @@ class Engine(ABC):
         """``step`` for several conversations at once: (cache, pending token) each, at most ``max_batch`` of them.
 
         Close to each of them alone, and not bit-equal to it: products of several rows round otherwise than those of
-        one. A single one is ``step`` itself. Raises as ``step``, for the first that fails; with InvalidPrompt and
-        ContextOverflow nothing was computed, with ModelError any of the caches may be unusable.
+        one. A single one is ``step`` itself. Raises as ``step``, for the first that fails. When the error's
+        ``field`` is ``steps[N]``, only step N is at fault and nothing was computed: the others can be tried again
+        without it. With any other error every cache of the batch may be unusable.
         """
         return [self.step(cache, token) for cache, token in steps]
 

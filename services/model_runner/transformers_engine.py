@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -38,11 +37,13 @@ from services.model_runner.engine import (
 )
 from services.model_runner.fast_decode import FastDecode
 from services.model_runner.kv_cache import TorchKVCache
+from services.model_runner.products import has_bf16_products, upcast_linears
+
+MAX_BATCH = 8
+"""Conversations whose steps are computed together: enough to share the reading of the weights, and few enough that a
+batch does not take much longer than a step."""
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_UPCAST_ROWS = 8
-"""Rows from which converting the weights costs less than the slow product saves (measured on AVX2, 576 x 3072)."""
 
 
 class DtypeChoice(NamedTuple):
@@ -50,11 +51,6 @@ class DtypeChoice(NamedTuple):
 
     dtype: str
     reason: str
-
-
-def has_bf16_products() -> bool:
-    """Whether this CPU's library multiplies bfloat16 matrices at speed (AVX-512, AMX, or Arm with bf16)."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_dtype(device: torch.device) -> DtypeChoice:
@@ -80,32 +76,6 @@ def instruction_set() -> str:
     except OSError:
         words = set()
     return "+".join([base, *sorted(words & {"avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve"})])
-
-
-class _UpcastLinear(torch.nn.Module):
-    """A bfloat16 linear layer for CPUs without bfloat16 products.
-
-    Many rows are multiplied in float32 and rounded once, which is what a bfloat16 product with float32 accumulation
-    does: eight times as fast on AVX2, at the cost of a copy of the weights that lives as long as the call. A single
-    row is bound by reading the weights and stays as it is.
-    """
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.numel() < _UPCAST_ROWS * rows.shape[-1]:
-            return functional.linear(rows, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.float()
-        return functional.linear(rows.float(), self.weight.float(), bias).to(rows.dtype)
-
-
-def _upcast_linears(model: torch.nn.Module) -> None:
-    for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear:
-            model.set_submodule(name, _UpcastLinear(module))
 
 
 def layer_specs(config: PretrainedConfig) -> tuple[LayerSpec, ...]:
@@ -147,8 +117,10 @@ class TransformersEngine(Engine):
         self.spec = spec
         self._model = model
         self._decoder = model.get_decoder()
-        self._fast_decode = FastDecode.of(model)
         self._device = model.device
+        self._fast_decode = FastDecode.of(model)
+        if self._fast_decode is not None and self._fast_decode.batches:
+            self.max_batch = MAX_BATCH
         self._dtype = _TORCH_DTYPES[spec.dtype]
         self._threads = threads
         cuda = self._device.type == "cuda"
@@ -245,21 +217,33 @@ class TransformersEngine(Engine):
             if should_stop is not None and should_stop():
                 break
             chunk = tokens[own.length - start : chunk_end - start]
-            with self._appending(own, len(chunk)):
+            with self._appending([own], len(chunk)):
                 self._forward(self._decoder, own, chunk)
             if on_progress is not None:
                 on_progress(own.length, end)
         return own.length - start
 
     def step(self, cache: KVCache, token: int) -> Logits:
-        own = self._own(cache)
-        self.check_tokens(own, (token,))
+        return self.step_batch([(cache, token)])[0]
+
+    def step_batch(self, steps: Sequence[tuple[KVCache, int]]) -> list[Logits]:
+        if not steps:
+            return []
+        own = [self._own(cache) for cache, _ in steps]
+        for index, (cache, token) in enumerate(steps):
+            with _naming(index, steps):
+                self.check_tokens(cache, (token,))
         fast = self._fast_decode
+        if fast is None or (len(own) > 1 and not fast.batches):
+            return [self._stock_step(cache, token) for cache, (_, token) in zip(own, steps, strict=True)]
         with self._appending(own, 1):
-            if fast is not None:
-                row = fast.step(own, token, self._device)
-            else:
-                row = self._forward(self._model, own, (token,), logits_to_keep=1).logits[0, -1]
+            rows = fast.step(own, [token for _, token in steps])
+            # An array of its own for each, so that keeping one does not keep all.
+            return [row.float().cpu().numpy().copy() for row in rows]
+
+    def _stock_step(self, cache: TorchKVCache, token: int) -> Logits:
+        with self._appending([cache], 1):
+            row = self._forward(self._model, cache, (token,), logits_to_keep=1).logits[0, -1]
             logits: Logits = row.float().cpu().numpy()
         return logits
 
@@ -302,20 +286,22 @@ class TransformersEngine(Engine):
         return module(input_ids=ids, past_key_values=cache.model_cache, use_cache=True, **kwargs)
 
     @contextlib.contextmanager
-    def _appending(self, cache: TorchKVCache, count: int) -> Iterator[None]:
-        """Around the computation that appends ``count`` positions; a cache left half written is marked so."""
+    def _appending(self, caches: Sequence[TorchKVCache], count: int) -> Iterator[None]:
+        """Around the computation that appends ``count`` positions to each; caches left half written are marked so."""
         if torch.get_num_threads() != self._threads:
             # The pool's size is the process's, and another engine or library may have set it since: the same sums
             # in other parts round otherwise, and the fingerprint promised this many.
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            with self._memory_errors("growing the KV cache", cache.length + count):
-                cache.reserve(count)
+            for index, cache in enumerate(caches):
+                with _naming(index, caches), self._memory_errors("growing the KV cache", cache.length + count):
+                    cache.reserve(count)
             try:
                 with self._memory_errors("computing", count):
                     yield
             except BaseException:
-                cache.mark_broken()
+                for cache in caches:
+                    cache.mark_broken()
                 raise
 
     def _warm_up(self) -> None:
@@ -345,6 +331,17 @@ class TransformersEngine(Engine):
                 hint="close other conversations, use a shorter context, or a smaller model",
                 reason="out of memory",
             ) from error
+
+
+@contextlib.contextmanager
+def _naming(index: int, batch: Sequence[object]) -> Iterator[None]:
+    """Errors raised within name the step of a batch that they are about."""
+    try:
+        yield
+    except ModelError as error:
+        if len(batch) > 1:
+            error.field = f"steps[{index}]"
+        raise
 
 
 def model_spec(model: PreTrainedModel, name: str, choice: DtypeChoice, digests: Any) -> ModelSpec:
@@ -387,7 +384,7 @@ def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.
             reason=type(error).__name__,
         ) from error
     if device.type == "cpu" and dtype is torch.bfloat16 and not has_bf16_products():
-        _upcast_linears(model)
+        upcast_linears(model)
     return model
 
 

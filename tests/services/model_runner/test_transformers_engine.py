@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 
 from protocol.errors import ContextOverflow, InvalidPrompt, ModelError, ModelUnavailable, SnapshotRefused
-from services.model_runner import transformers_engine
+from services.model_runner import products
 from services.model_runner.digests import model_digests
 from services.model_runner.engine import PREFILL_CHUNK_TOKENS, chunk_ends
 from services.model_runner.transformers_engine import TransformersEngine
@@ -151,6 +152,12 @@ def test_layers_that_do_not_fit_are_refused(engine: TransformersEngine) -> None:
             engine.import_layers(damaged, 64)
 
 
+def fail_in_third_block(patch: pytest.MonkeyPatch, engine: TransformersEngine, fail: Callable[..., None]) -> None:
+    fast = engine._fast_decode
+    assert fast is not None
+    patch.setattr(fast, "_blocks", [*fast._blocks[:2], fast._blocks[2]._replace(activation=fail), *fast._blocks[3:]])
+
+
 def test_a_failure_inside_the_model_spoils_only_that_cache(
     small_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +168,7 @@ def test_a_failure_inside_the_model_spoils_only_that_cache(
         raise RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._decoder.layers[2].mlp, "forward", fail)
+        fail_in_third_block(patch, engine, fail)
         with pytest.raises(ModelError, match="out of memory"):
             engine.step(spoiled, 1)
     with pytest.raises(ModelError, match="half written"):
@@ -214,10 +221,12 @@ def test_an_engine_computes_with_the_threads_of_its_fingerprint(engine: Transfor
     assert torch.get_num_threads() == engine.fingerprint.threads
 
 
-def test_products_made_in_float32_are_those_of_bfloat16() -> None:
-    linear = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
-    upcast = transformers_engine._UpcastLinear(linear)
-    for rows in (1, 7, 8, 200):
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_made_in_float32_are_those_of_bfloat16(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_BLOCK_VALUES", 64 * 20)  # Three blocks, the last a shorter one.
+    linear = torch.nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
+    upcast = products.UpcastLinear(linear)
+    for rows in (1, 3, 4, 8, 31, 32, 200):
         x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
         with torch.inference_mode():
             torch.testing.assert_close(upcast(x), linear(x), rtol=2**-7, atol=2**-8)
