@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from edge.service_table import BY_NAME, SERVICES, missing_packages
+from edge.service_table import BY_NAME, SERVICES, ServiceRow, missing_packages
 from protocol.errors import ConfigError
 from protocol.ids import NAME_PATTERN
 
@@ -102,7 +102,7 @@ class BrokerConfig(msgspec.Struct, forbid_unknown_fields=True):
 
     def password(self) -> str:
         """The password, read from its file. Raises ConfigError."""
-        path = Path(self.password_file).expanduser() if self.password_file else _credential("broker-password")
+        path = Path(self.password_file).expanduser() if self.password_file else credential("broker-password")
         if path is None:
             return ""
         try:
@@ -128,14 +128,11 @@ class ServicesConfig(msgspec.Struct, forbid_unknown_fields=True):
 
     enabled: Annotated[
         list[str] | None,
-        Meta(description="Services to run, besides `presence`. Left out: all whose packages are installed."),
+        Meta(
+            description="Services to run, besides `presence`. Left out: all whose packages are installed, and of those "
+            "that are off by default (`gateway`) the ones that are switched on."
+        ),
     ] = None
-
-    def names(self) -> list[str]:
-        """The services to run, in the table's order."""
-        if self.enabled is None:
-            return [row.name for row in SERVICES if not missing_packages(row)]
-        return [row.name for row in SERVICES if row.always or row.name in self.enabled]
 
 
 class SupervisorConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -226,6 +223,47 @@ class MetricsConfig(msgspec.Struct, forbid_unknown_fields=True):
     ] = "127.0.0.1"
 
 
+class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """The OpenAI-compatible endpoint of this node."""
+
+    port: Annotated[
+        int, Meta(ge=0, le=65_535, description="Port of the endpoint; 0: there is none. 8650 is the usual one.")
+    ] = 0
+    host: Annotated[
+        str, Meta(min_length=1, description="Address it listens on. Another than this machine's own needs `cert_file`.")
+    ] = "127.0.0.1"
+    cert_file: Annotated[
+        str, Meta(description="Certificate chain (PEM), for TLS. Empty: plain HTTP, loopback only.")
+    ] = ""
+    key_file: Annotated[str, Meta(description="Private key of the certificate (PEM).")] = ""
+    token_file: Annotated[
+        str,
+        Meta(
+            description="File with the token that programs must show. Empty: systemd's credential `gateway-token` if "
+            "there is one, else `gateway/token` in the data folder, made at the first start."
+        ),
+    ] = ""
+    hosts: Annotated[
+        list[str],
+        Meta(
+            description="Names that programs call it by, besides localhost and `host`; other Host headers are refused."
+        ),
+    ] = []
+    origins: Annotated[
+        list[str], Meta(description="Web pages that may use it from a browser (CORS), such as `https://chat.home`.")
+    ] = []
+    timeout_s: Annotated[
+        float,
+        Meta(gt=0, le=3_600, description="How long one answer may take, the wait for the model included, in seconds."),
+    ] = 600.0
+    max_requests: Annotated[
+        int, Meta(ge=1, le=10_000, description="Requests under way at one time; more are told to come again.")
+    ] = 256
+    max_answer_tokens: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Longest answer in tokens where a chat request names no limit.")
+    ] = 2048
+
+
 class LogConfig(msgspec.Struct, forbid_unknown_fields=True):
     """What is written to the log."""
 
@@ -264,7 +302,20 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     model: ModelConfig = msgspec.field(default_factory=ModelConfig)
     home_assistant: HomeAssistantConfig = msgspec.field(default_factory=HomeAssistantConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
+    gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
+
+    def service_names(self) -> list[str]:
+        """The services to run, in the table's order."""
+        enabled = self.services.enabled
+        if enabled is None:
+            return [row.name for row in SERVICES if not missing_packages(row) and self.switched_on(row)]
+        return [row.name for row in SERVICES if row.always or row.name in enabled]
+
+    def switched_on(self, row: ServiceRow) -> bool:
+        """Whether a service that is off by default is wanted; any other is."""
+        section, _, key = row.switch.partition(".")
+        return not row.switch or bool(getattr(getattr(self, section), key))
 
 
 SECTIONS: dict[str, type[msgspec.Struct]] = {
@@ -272,7 +323,16 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 }
 
 
-PATH_KEYS = ("node.data_dir", "broker.password_file", "broker.ca_file", "broker.config_file", "model.folders")
+PATH_KEYS = (
+    "node.data_dir",
+    "broker.password_file",
+    "broker.ca_file",
+    "broker.config_file",
+    "model.folders",
+    "gateway.cert_file",
+    "gateway.key_file",
+    "gateway.token_file",
+)
 """Keys that hold paths: relative ones are taken from the folder of the file that they stand in."""
 
 
@@ -316,6 +376,7 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] | None = No
             hint='use "127.0.0.1", and a proxy that speaks TLS or a collector on this machine',
             reason="no TLS",
         )
+    _check_gateway(config, source)
     source.resolve_paths(config)
     if config.broker.ca_file and not Path(config.broker.ca_file).is_file():
         raise source.error("broker.ca_file", f"broker.ca_file: there is no file {config.broker.ca_file}")
@@ -508,6 +569,20 @@ def _check_url(config: Config, source: _Source) -> None:
         )
 
 
+def _check_gateway(config: Config, source: _Source) -> None:
+    settings = config.gateway
+    if bool(settings.cert_file) != bool(settings.key_file):
+        key = "gateway.key_file" if settings.cert_file else "gateway.cert_file"
+        raise source.error(key, f"{key} is empty: TLS needs the certificate and its key", reason="half of TLS")
+    if not settings.cert_file and not _is_loopback(settings.host):
+        raise source.error(
+            "gateway.host",
+            f"gateway.host {settings.host!r} leaves this machine without TLS",
+            hint='set gateway.cert_file and gateway.key_file, or use "127.0.0.1"',
+            reason="no TLS",
+        )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -515,7 +590,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _credential(name: str) -> Path | None:
+def credential(name: str) -> Path | None:
+    """systemd's credential of that name, where this process was given one."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     if not folder:
         return None

@@ -144,7 +144,7 @@ def _node(config: Config) -> Check:
 
     running = running_in(config.node.folder())
     if running is None and (units.UNIT_DIR / units.TEMPLATE).exists():
-        states = units.states(config.services.names())
+        states = units.states(config.service_names())
         if waiting := [f"{name} is {state}" for name, state in states.items() if state != "active"]:
             unit = units.instance(next(name for name, state in states.items() if state != "active"))
             return Check("node", WARNING, f"under systemd: {', '.join(waiting)}", f"journalctl --unit {unit}")
@@ -160,7 +160,7 @@ def _units(config: Config) -> Check:
 
     if not (units.UNIT_DIR / units.TEMPLATE).exists():
         return Check("units", OK, "no systemd units of Mindstream here: this node runs by `mindstream up`")
-    wrong = [each for each in units.check(units.UNIT_DIR, wanted=config.services.names()) if each.verdict != "ok"]
+    wrong = [each for each in units.check(units.UNIT_DIR, wanted=config.service_names()) if each.verdict != "ok"]
     if wrong:
         found = ", ".join(f"{each.file} is {each.verdict}" for each in wrong)
         return Check("units", WARNING, found, wrong[0].next_step if len(wrong) == 1 else "mindstream units check")
@@ -269,7 +269,7 @@ def _keys(config: Config) -> Check:
 
 
 def _model(config: Config) -> Check:
-    if "model_runner" not in config.services.names():
+    if "model_runner" not in config.service_names():
         return Check("model", OK, "no model runner on this node: it needs none")
     name, cache = config.model.name, default_cache_folder()
     try:

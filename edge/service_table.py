@@ -20,6 +20,9 @@ class ServiceRow:
     """The extra of pyproject.toml that brings them."""
     always: bool = False
     """Runs on every node, whether or not ``services.enabled`` names it."""
+    switch: str = ""
+    """The configuration's key that turns it on where ``services.enabled`` is left out; while that is 0 or empty it does
+    not run. Empty: it runs wherever its packages are."""
 
     # What systemd gives it beyond the template, rendered into its drop-in by edge/units.py.
     memory_max: str = "1G"
@@ -32,6 +35,9 @@ class ServiceRow:
     """OOMScoreAdjust=: the highest dies first when the machine has no memory left."""
     cpu_weight: int = 100
     """CPUWeight=: its share of a busy CPU, against 100 of the others."""
+    credentials: tuple[str, ...] = ()
+    """Secrets that it alone is given, files of these names in the folder of credentials; one that is not there is
+    empty."""
 
 
 SERVICES: tuple[ServiceRow, ...] = (
@@ -68,6 +74,17 @@ SERVICES: tuple[ServiceRow, ...] = (
         makes_code=True,
         oom_score=500,
         cpu_weight=50,
+    ),
+    ServiceRow(
+        "gateway",
+        "services.gateway.service",
+        "Gateway",
+        "an OpenAI-compatible endpoint: chat programs use any node's model through this node",
+        needs=("starlette", "uvicorn"),
+        extra="gateway",
+        switch="gateway.port",
+        memory_max="512M",
+        credentials=("gateway-token",),
     ),
 )
 """In the order in which they are started; they are stopped in the reverse."""

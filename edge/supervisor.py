@@ -213,7 +213,7 @@ class Supervisor:
         self._bus.start(timeout_s=None)
 
     def _choose_services(self) -> None:
-        names = self.config.services.names()
+        names = self.config.service_names()
         settings = self.config.log
         if self.config.services.enabled == []:
             raise ConfigError(

@@ -223,6 +223,8 @@ def _drop_in(row: ServiceRow) -> str:
         lines.append(f"SystemCallFilter={' '.join(calls)}")
     if row.makes_code:
         lines.append("MemoryDenyWriteExecute=no")
+    for name in row.credentials:
+        lines += [f"LoadCredential={name}:{CREDENTIALS}/{name}", f"SetCredential={name}:\\n"]
     return "\n".join(lines) + "\n"
 
 

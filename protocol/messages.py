@@ -319,6 +319,9 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     """A prompt longer than the context is refused, or its oldest part is left out (and that is said)."""
     keep: bool = True
     """False: the conversation is not kept on disk, and goes when its memory is wanted."""
+    held_messages: Count = 0
+    """The conversation must hold just so many messages already, or the ask is refused with ``conversation_unknown``:
+    for one who knows the history, and sends it whole where it was forgotten. 0: whatever it holds."""
 
 
 class ModelCancel(msgspec.Struct):

@@ -7,7 +7,22 @@ from typing import Annotated, Optional
 
 import typer
 
-from edge.cli import bench, broker, config, decode, keys, memory, model, models, node, record, status, units, watch
+from edge.cli import (
+    bench,
+    broker,
+    config,
+    decode,
+    gateway,
+    keys,
+    memory,
+    model,
+    models,
+    node,
+    record,
+    status,
+    units,
+    watch,
+)
 from edge.cli.context import settings
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
@@ -59,6 +74,7 @@ app.command()(record.replay)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")
 app.add_typer(broker.app, name="broker")
+app.add_typer(gateway.app, name="gateway")
 app.command()(node.doctor)
 app.command()(bench.bench)
 app.add_typer(config.app, name="config")

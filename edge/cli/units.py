@@ -39,7 +39,7 @@ def check(
     """Say which unit files differ from what this version renders, and what to type."""
     from edge import units
 
-    findings = units.check(folder, wanted=load().services.names())
+    findings = units.check(folder, wanted=load().service_names())
     if json:
         print_json(findings)
     else:
@@ -53,7 +53,7 @@ def list_units(json: JsonOption = False) -> None:
     """List the units that this node's configuration wants, in the order in which they are started."""
     from edge import units
 
-    names = [units.instance(name) for name in load().services.names()]
+    names = [units.instance(name) for name in load().service_names()]
     if json:
         print_json(names)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.errors import ContextOverflow, InvalidPrompt
+from protocol.errors import ContextOverflow, ConversationUnknown, InvalidPrompt
 from protocol.messages import ChatMessage, ModelGenerate
 from services.model_runner.chat import ChatFormat
 from services.model_runner.conversations import Conversation, unknown
@@ -72,13 +72,22 @@ def prepare(
 ) -> Turn:
     """The turn that ``ask`` makes of its conversation.
 
-    Raises InvalidPrompt naming the field, ContextOverflow, or ConversationUnknown when there is nothing to go on from.
+    Raises InvalidPrompt naming the field, ContextOverflow, or ConversationUnknown when there is nothing to go on from,
+    or another history than the asker knows.
     """
     settings = settings_of(ask)
     given = [name for name in ("messages", "prompt", "prompt_tokens") if getattr(ask, name)]
     if len(given) > 1:
         raise _invalid(ask, given[1], f"{' and '.join(given)} are both given", "give one of them", "given twice")
     held = len(found.state.tokens) if found else 0
+    holds = len(found.messages) if found else 0
+    if ask.held_messages and ask.held_messages != holds:
+        raise ConversationUnknown(
+            f"going on with conversation {ask.conversation!r}: it holds {holds} messages, not {ask.held_messages}",
+            hint="begin a new one with the whole history",
+            field="held_messages",
+            reason="another history",
+        )
     if not given:
         if found is None:
             raise unknown(ask.conversation)

@@ -73,7 +73,7 @@ class Presence(Service):
         self._peers_late = 0
 
     def setup(self) -> None:
-        self._own = OwnServices([name for name in self.config.services.names() if name != self.name])
+        self._own = OwnServices([name for name in self.config.service_names() if name != self.name])
         self._lock = threading.RLock()
         self._node_bus: Bus | None = None
         self._connections = 0

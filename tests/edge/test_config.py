@@ -29,7 +29,7 @@ def test_an_empty_file_means_the_defaults_and_a_usable_node_name(tmp_path: Path)
     assert NAME_PATTERN.fullmatch(config.node.name)
     assert config.broker.url == ""
     assert config.services.enabled is None
-    assert set(config.services.names()) <= set(BY_NAME)
+    assert set(config.service_names()) <= set(BY_NAME)
     assert config.node.folder() == default_data_home() / config.node.name
 
 
@@ -41,7 +41,7 @@ def test_values_of_the_file_are_taken_and_services_run_in_the_order_of_the_table
     )
     config = load_config(path, {})
     assert config.node.name == "tomato"
-    assert config.services.names() == ["presence", "memory_store", "sync_bridge"]
+    assert config.service_names() == ["presence", "memory_store", "sync_bridge"]
     assert config.supervisor.restart_limit == 2
 
 

@@ -308,6 +308,7 @@ VALUES: dict[str, msgspec.Struct] = {
         priority="background",
         on_overflow="window",
         keep=False,
+        held_messages=3,
     ),
     "model.answer": DONE,
     "model.cancel": ModelCancel(run=RUN_ID),

@@ -65,6 +65,11 @@ def _tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a Llama, a Qwen2 with sliding layers and a Gemma 3, by family."""
+    return make_small_models(tmp_path_factory)
+
+
+def make_small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same, for the tests of another service."""
     folders = {}
     for family in ("llama", "qwen2", "gemma3"):
         torch.manual_seed(7)
