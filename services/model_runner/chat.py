@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 
 from protocol.errors import InvalidPrompt, ModelUnavailable
+from services.model_runner.tokenizer import ModelTokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -32,8 +33,8 @@ class Turn(NamedTuple):
 class ChatFormat:
     """A model's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: ModelTokenizer, name: str) -> None:
+        self.tokenizer = tokenizer
         self.name = name
         # Some tokenizers drop the space that a text begins with: a piece is decoded after another token.
         self._before_piece = self.encode("a", special=False)
@@ -43,35 +44,20 @@ class ChatFormat:
     @classmethod
     def load(cls, folder: Path, gguf_file: str = "") -> ChatFormat:
         """From a model folder, or from the GGUF file in it; nothing is fetched. Raises ModelUnavailable."""
-        from transformers import AutoTokenizer
-
-        source = {"gguf_file": gguf_file} if gguf_file else {}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelUnavailable(
-                f"loading the tokenizer in {folder}: {error}",
-                hint="install the model again: its folder is not complete",
-                reason=type(error).__name__,
-            ) from error
-        return cls(tokenizer, folder.name)
+        return cls(ModelTokenizer.load(folder, gguf_file), folder.name)
 
     @property
     def has_template(self) -> bool:
         """Whether the model is made for chat; a base model has no template."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.tokenizer.template)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of plain text. With ``special`` the model's own beginning is put before it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special)
-        return ids
+        return self.tokenizer.encode(text, special=special)
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of ``tokens``; with ``special`` the special tokens are written out."""
-        text: str = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
-        return text
+        return self.tokenizer.decode(tokens, special=special)
 
     def piece(self, token: int) -> str:
         """The text of one token as it stands within a text: a leading space stays. Special tokens are written out;
@@ -102,17 +88,14 @@ class ChatFormat:
                 reason="empty prompt",
             )
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
+            return self.tokenizer.render(messages)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InvalidPrompt(
                 f"rendering a conversation for {self.name}: its chat template refuses it: {error}",
                 hint="let user and assistant speak in turn, and use no role that the model has not",
                 field="messages",
                 reason=str(error)[:200],
             ) from error
-        return text
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation's first turn. Raises as ``render``."""
@@ -141,6 +124,53 @@ class ChatFormat:
         return TextStream(self, stop)
 
 
+class _Stops:
+    """Looks for stop texts character by character (Knuth, Morris and Pratt): what it costs does not depend on how long
+    they are, and what it finds not on how the text is cut into tokens."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [(stop, _failures(stop)) for stop in dict.fromkeys(stops) if stop]
+        self._states = [0] * len(self._stops)
+
+    @property
+    def held(self) -> int:
+        """Length of the longest end of the text so far that a stop text begins with."""
+        return max(self._states, default=0)
+
+    def find(self, new: str) -> tuple[int, int]:
+        """(characters of ``new`` up to the first end of a stop text, that one's length); of those that end there the
+        longest. (-1, 0) when there is none, and ``new`` is then part of the text so far."""
+        states = self._states
+        for at, character in enumerate(new if self._stops else ""):
+            found = 0
+            for index, (stop, failures) in enumerate(self._stops):
+                state = states[index]
+                while state and stop[state] != character:
+                    state = failures[state - 1]
+                if stop[state] == character:
+                    state += 1
+                if state == len(stop):
+                    found = max(found, state)
+                    state = 0  # Nothing is looked for after this.
+                states[index] = state
+            if found:
+                return at + 1, found
+        return -1, 0
+
+
+def _failures(stop: str) -> list[int]:
+    """For each beginning of ``stop``: the length of its longest end that is a shorter beginning."""
+    found = [0] * len(stop)
+    length = 0
+    for at in range(1, len(stop)):
+        while length and stop[at] != stop[length]:
+            length = found[length - 1]
+        if stop[at] == stop[length]:
+            length += 1
+        found[at] = length
+    return found
+
+
 class TextStream:
     """Turns an answer's tokens into text, never cutting a character, and finds stop texts across tokens.
 
@@ -150,7 +180,7 @@ class TextStream:
 
     def __init__(self, chat: ChatFormat, stop: Sequence[str] = ()) -> None:
         self._chat = chat
-        self._stop = tuple(stop)
+        self._stops = _Stops(stop)
         self._tokens: list[int] = []
         self._context = 0
         """Where decoding begins: a few tokens before what is new, because a token's text may need its left."""
@@ -158,10 +188,16 @@ class TextStream:
         """Tokens before this have been turned into text."""
         self._held = ""
         """Text that may be the beginning of a stop text."""
-        self.text = ""
-        """All that was given out."""
+        self._given: list[str] = []
         self.stopped = False
         """Whether a stop text was found; nothing is given out after it."""
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        if len(self._given) > 1:
+            self._given = ["".join(self._given)]
+        return self._given[0] if self._given else ""
 
     def push(self, token: int) -> str:
         """Text that ``token`` makes certain; empty while a character or a stop text may be incomplete."""
@@ -177,7 +213,7 @@ class TextStream:
         rest = self._give(self._decode(final=True))
         if not self.stopped:
             rest += self._held
-            self.text += self._held
+            self._given.append(self._held)
             self._held = ""
         return rest
 
@@ -191,21 +227,15 @@ class TextStream:
         return now[len(before) :]
 
     def _give(self, new: str) -> str:
-        waiting = self._held + new
-        ends = [at for at in (waiting.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
+        end, length = self._stops.find(new)
+        if end >= 0:
             self.stopped = True
-            given, self._held = waiting[: min(ends)], ""
+            waiting = self._held + new[:end]
+            given, self._held = waiting[: len(waiting) - length], ""
         else:
-            kept = self._longest_beginning(waiting)
+            waiting = self._held + new
+            kept = self._stops.held
             given, self._held = waiting[: len(waiting) - kept], waiting[len(waiting) - kept :]
-        self.text += given
+        if given:
+            self._given.append(given)
         return given
-
-    def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of ``text`` that a stop text begins with."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -68,6 +72,32 @@ def test_what_only_begins_like_a_stop_text_is_given_out(chat: ChatFormat) -> Non
 def test_the_earliest_stop_text_wins(chat: ChatFormat) -> None:
     stream = chat.stream(("cd", "b"))
     assert "".join(stream.push(token) for token in chat.encode("abcd", special=False)) == "a"
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(alphabet="abé😀", max_size=30),
+    stops=st.lists(st.text(alphabet="abé😀", min_size=1, max_size=6), max_size=5),
+)
+def test_the_text_ends_before_the_stop_text_that_is_whole_first(chat: ChatFormat, text: str, stops: list[str]) -> None:
+    expected, found = text, False
+    for end in range(len(text) + 1):
+        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if lengths:
+            expected, found = text[: end - max(lengths)], True
+            break
+    parts, stopped = spoken(chat, chat.encode(text, special=False), tuple(stops))
+    assert ("".join(parts), stopped) == (expected, found)
+    # However the text is cut into tokens.
+    stream = chat.stream(stops)
+    stream._given = []
+    assert stream._give(text) + ("" if stream.stopped else stream._held) == expected
+
+
+def test_many_long_stop_texts_cost_no_more_than_their_number(chat: ChatFormat) -> None:
+    stops = tuple("a" * 3000 + str(number) for number in range(50))
+    parts, stopped = spoken(chat, chat.encode("a" * 3500 + "7!", special=False), stops)
+    assert ("".join(parts), stopped) == ("a" * 500, True)
 
 
 def test_the_end_of_sequence_is_no_text(chat: ChatFormat) -> None:
@@ -139,3 +169,119 @@ def test_a_piece_is_a_tokens_text_within_a_text(chat: ChatFormat) -> None:
         "\N{REPLACEMENT CHARACTER}",
         "<|im_end|>",
     ]
+
+
+def _tokenizers(small_models: dict[str, Path], tmp_path: Path, kind: str) -> Path:
+    """Folders as other programs write them, with all that may stand beside tokenizer.json."""
+    if kind == "bytes":
+        return small_models["llama"]
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "é"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=[("▁", "a"), ("a", "b"), ("▁a", "b")],
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<pad>", "<eos>", "<bos>", "<unk>")])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template="{{ bos_token }}{% for m in messages %}{% generation %}<{{ m.role }}>{{ m.content | trim }}"
+        "{% endgeneration %}\n{% endfor %}{{ {'<a>': 'é'} | tojson }}{{ strftime_now('%Y') }}",
+    ).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if kind == "listed":  # A token that only the configuration knows, and a template that stands in it.
+        config["added_tokens_decoder"] = {
+            str(len(pieces)): {
+                "content": "<turn>",
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+                "normalized": False,
+                "special": True,
+            }
+        }
+        (tmp_path / "chat_template.jinja").unlink()
+        config["chat_template"] = [{"name": "default", "template": "{% for m in messages %}<turn>{{ m }}{% endfor %}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+TEXTS = ("ab a  b", " ab", "é😀\x00", "a<eos>b<turn><|im_end|>c", "", "\n\n  a", "<bos>ab", "日本 ab\tc")
+
+
+def compare(folder: Path) -> None:
+    """The same tokens and texts as transformers'."""
+    chat = ChatFormat.load(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for text in TEXTS:
+        for special in (True, False):
+            tokens = theirs.encode(text, add_special_tokens=special)
+            assert chat.encode(text, special=special) == tokens
+            for count in range(len(tokens) + 1):
+                decoded = theirs.decode(tokens[:count], skip_special_tokens=special, clean_up_tokenization_spaces=False)
+                assert chat.decode(tokens[:count], special=not special) == decoded
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]
+        assert chat.render(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat.tokenizer.size == len(theirs)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte fallback", "listed"])
+def test_tokens_and_prompts_are_those_of_transformers(small_models: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    compare(_tokenizers(small_models, tmp_path, kind))
+
+
+@pytest.mark.model
+def test_tokens_and_prompts_of_the_real_model_are_those_of_transformers(smollm2_path: Path) -> None:
+    compare(smollm2_path)
+
+
+def test_neither_torch_nor_transformers_is_needed(small_models: dict[str, Path]) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from pathlib import Path; from services.model_runner.chat import ChatFormat\n"
+        "chat = ChatFormat.load(Path(sys.argv[1]))\n"
+        "print(chat.decode(chat.prompt([{'role': 'user', 'content': 'hi'}]), special=True))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(small_models["llama"])], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n\n", done.stderr
+
+
+def test_a_damaged_tokenizer_says_so(small_models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for damaged in ("{", "{}", "[]", '{"model": 5}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        with pytest.raises(ModelUnavailable, match="loading the tokenizer"):
+            ChatFormat.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((small_models["llama"] / "tokenizer.json").read_bytes())
+    for damaged in ("[]", '{"chat_template": 5}', '{"added_tokens_decoder": {"x": {}}}', "{"):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ModelUnavailable, match="loading the tokenizer"):
+            ChatFormat.load(tmp_path)
+
+
+def test_a_template_cannot_leave_its_sandbox(small_models: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((small_models["llama"] / name).read_bytes())
+    for template in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.format.__globals__ }}{{ x.y }}",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(InvalidPrompt):
+            ChatFormat.load(tmp_path).prompt([USER])
