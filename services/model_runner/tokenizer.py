@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -146,7 +146,7 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str:
 class _Generation(jinja2.ext.Extension):
     """``{% generation %}``, by which templates mark what the assistant said: here it changes nothing."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno
