@@ -25,7 +25,7 @@ class NumericsFingerprint(msgspec.Struct, frozen=True):
     """What must be equal for a resumed run to be bit-identical to the uninterrupted one."""
 
     engine: str
-    """``transformers`` or ``onnx``."""
+    """``transformers`` or ``onnxruntime``."""
     engine_version: str
     """Versions of the libraries that compute, such as ``torch 2.13.0+cpu transformers 5.23.0``."""
     device: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,35 +42,39 @@ class _Known(msgspec.Struct):
     blake3: str
 
 
-def weights_files(folder: Path, gguf_file: str = "") -> list[Path]:
+def weights_files(folder: Path, gguf_file: str = "", weights: Sequence[str] = ()) -> list[Path]:
     """The files that hold the weights, in order. Raises ModelUnavailable when there are none."""
-    files = [folder / gguf_file] if gguf_file else sorted(folder.glob("*.safetensors"))
+    names = [gguf_file] if gguf_file else list(weights)
+    files = [folder / name for name in names] or sorted(folder.glob("*.safetensors"))
     if not files or not all(path.is_file() for path in files):
         raise ModelUnavailable(
-            f"loading a model from {folder}: no {gguf_file or 'safetensors weights'} there",
+            f"loading a model from {folder}: no {' and '.join(names) or 'safetensors weights'} there",
             hint="install the model again, or name a folder that holds *.safetensors (pickled weights are never read)",
             reason="no weights",
         )
     return files
 
 
-def model_digests(folder: Path, gguf_file: str = "", cache_dir: Path | None = None) -> ModelDigests:
+def model_digests(
+    folder: Path, gguf_file: str = "", cache_dir: Path | None = None, weights: Sequence[str] = ()
+) -> ModelDigests:
     """BLAKE3 of weights, tokenizer and configuration of the model in ``folder``.
 
     Args:
         folder: a model folder as transformers writes it, or one with a GGUF file.
         gguf_file: name of the GGUF file, which then is weights, tokenizer and configuration in one.
         cache_dir: where digests of large files are kept between starts; None keeps none.
+        weights: names of the files that hold the weights, in order, where they are no safetensors: a built graph's.
     """
     known = _load(cache_dir)
-    parts = [(path.name, _file_digest(path, known)) for path in weights_files(folder, gguf_file)]
+    parts = [(path.name, _file_digest(path, known)) for path in weights_files(folder, gguf_file, weights)]
     if cache_dir is not None:
         _store(cache_dir, known)
     # Shards are taken by content and order, and their names by nothing: a renamed file is the same model.
-    weights = parts[0][1] if len(parts) == 1 else digest(*(part for _, part in parts))
+    whole = parts[0][1] if len(parts) == 1 else digest(*(part for _, part in parts))
     if gguf_file:
-        return ModelDigests(weights=weights, tokenizer=weights, config=weights)
-    return ModelDigests(weights=weights, tokenizer=_tokenizer_digest(folder), config=_config_digest(folder))
+        return ModelDigests(weights=whole, tokenizer=whole, config=whole)
+    return ModelDigests(weights=whole, tokenizer=_tokenizer_digest(folder), config=_config_digest(folder))
 
 
 def _tokenizer_digest(folder: Path) -> bytes:

@@ -1,0 +1,391 @@
+"""The fast engine: models built for ONNX Runtime, with the KV cache as plain arrays, and no torch on the node.
+
+It runs graphs as onnxruntime-genai's builder writes them (``mindstream models build``): ``past_key_values.N.key``
+in, ``present.N.key`` out. Both are bound to the same memory, so that attention appends to the cache where it lies
+and a step copies nothing that grows. Several conversations are one batch when their rows are neighbours
+(onnx_memory.py); their lengths differ, and each row's is the sum of its attention mask.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from protocol.errors import ContextOverflow, ModelError, ModelUnavailable
+from protocol.manifest import NumericsFingerprint
+from services.model_runner.engine import (
+    STORAGE_DTYPES,
+    Engine,
+    KVCache,
+    LayerState,
+    Logits,
+    OnProgress,
+    ShouldStop,
+    check_layers,
+    chunk_ends,
+    chunk_schedule,
+)
+from services.model_runner.onnx_memory import Row, RowArena
+from services.model_runner.onnx_model import PROVIDERS, RUNTIME_ERRORS, OpenModel, failed, instruction_set, open_model
+
+_CHUNK_TOKENS = 64
+"""Eight streams that step between two chunks of a prompt wait for one chunk: short enough for them, and long enough
+that the prompt is read at nearly full speed."""
+_MAX_BATCH = 8
+_MASK_STEP = 64
+"""Masks of a batch are as long as the next multiple of this, so that they are rarely of another shape."""
+_BINDINGS = 64
+"""Row ranges whose bindings are kept."""
+_TRIM_TOKENS = 256
+"""Pages that a sliding window has left are given back once in so many positions."""
+_SPARE_BYTES = 64 * 1024 * 1024
+"""Memory that a prompt must leave to everything else."""
+
+
+class OnnxKVCache(KVCache):
+    """One conversation's row of the arena, taken with its first position."""
+
+    def __init__(self, arena: RowArena, capacity_tokens: int) -> None:
+        self.capacity_tokens = capacity_tokens
+        self.arena = arena
+        self.row: Row | None = None
+        self.closed = False
+
+    @property
+    def length(self) -> int:
+        return self.row.length if self.row is not None else 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self.arena.bytes_of(self.row) if self.row is not None else 0
+
+    def close(self) -> None:
+        self.closed = True
+        row, self.row = self.row, None
+        if row is not None:
+            self.arena.release(row)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def taken_row(self) -> Row:
+        """Its row, taken now if need be. Raises ModelError."""
+        if self.closed:
+            raise ModelError(
+                "using a KV cache that was closed",
+                hint="make a new cache and read the conversation's tokens again",
+                reason="cache closed",
+            )
+        if self.row is None:
+            self.row = self.arena.take()
+        if self.row is None:
+            raise ModelError(
+                f"making room for another conversation: {self.arena.rows} are in memory already",
+                hint="close other conversations",
+                reason="out of memory",
+            )
+        return self.row
+
+
+class OnnxEngine(Engine):
+    """One built model on ONNX Runtime. Made by ``load``."""
+
+    def __init__(self, model: OpenModel) -> None:
+        session, spec, provider, precision, threads = model
+        self.spec = spec
+        self.provider = provider
+        self.chunk_tokens = _CHUNK_TOKENS
+        self.max_batch = _MAX_BATCH
+        self._session = session
+        self._dtype = STORAGE_DTYPES[spec.dtype]
+        inputs = {each.name: each for each in session.get_inputs()}
+        self._has_positions = "position_ids" in inputs
+        (logits,) = [each for each in session.get_outputs() if each.name == "logits"]
+        self._last_logits_only = logits.shape[1] == 1
+        self._logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
+        self._arena = RowArena(spec.layers, spec.context_tokens, self._dtype)
+        self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        # What a step changes is changed in place: the graph is bound to these for good.
+        self._ids = np.zeros((self.max_batch, 1), np.int64)
+        self._logits = np.zeros((self.max_batch, 1, spec.vocab_size), self._logits_dtype)
+        self._ones = np.ones((1, self._arena.positions), np.int64)
+        self._positions = np.arange(self._arena.positions, dtype=np.int64)
+        self._mask = np.zeros(0, np.int64)
+        self.fingerprint = NumericsFingerprint(
+            engine="onnxruntime",
+            engine_version=f"onnxruntime {onnxruntime.__version__} {PROVIDERS[provider.value]}",
+            device="cpu" if provider.value == "cpu" else provider.value,
+            instruction_set=instruction_set(),
+            dtype=f"{precision} weights, {spec.dtype} KV",
+            threads=threads,
+            chunk_schedule=chunk_schedule(self.chunk_tokens),
+            batch_mode="deterministic",
+        )
+        self._warm_up()
+
+    @property
+    def device(self) -> str:
+        """Where it runs: ``cpu``, ``cuda`` or ``tensorrt``."""
+        return self.provider.value
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, name: str = "", provider: str = "auto", threads: int = 0, cache_dir: Path | None = None
+    ) -> OnnxEngine:
+        """Load the built model in ``folder``; nothing is fetched from anywhere.
+
+        Args:
+            folder: holds model.onnx and its weights, genai_config.json, config.json and the tokenizer.
+            name: the model's name for people; the folder's by default.
+            provider: ``cpu``, ``cuda``, ``tensorrt``, or ``auto``: ``choose_provider``.
+            threads: of the pool that computes; 0 takes every core that this process may use.
+            cache_dir: where digests of the weights are kept between starts.
+
+        Raises ModelUnavailable when it cannot be loaded, with the reason.
+        """
+        return cls(open_model(folder, name, provider, threads, cache_dir))
+
+    def new_cache(self, capacity_tokens: int) -> OnnxKVCache:
+        if not 0 < capacity_tokens <= self.spec.context_tokens:
+            raise ContextOverflow(
+                f"making a KV cache of {capacity_tokens:,} positions for {self.spec.name}, whose context is "
+                f"{self.spec.context_tokens:,}",
+                hint="ask for fewer tokens",
+                field="capacity_tokens",
+                reason="beyond the context",
+            )
+        return OnnxKVCache(self._arena, capacity_tokens)
+
+    def prefill(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        should_stop: ShouldStop | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> int:
+        own = self._own(cache)
+        self.check_tokens(own, tokens)
+        self._check_memory(len(tokens))
+        start = own.length
+        end = start + len(tokens)
+        for chunk_end in chunk_ends(start, end, self.chunk_tokens):
+            if should_stop is not None and should_stop():
+                break
+            self._read(own.taken_row(), tokens[own.length - start : chunk_end - start])
+            if on_progress is not None:
+                on_progress(own.length, end)
+        return own.length - start
+
+    def step(self, cache: KVCache, token: int) -> Logits:
+        return self.step_batch([(cache, token)])[0]
+
+    def step_batch(self, steps: Sequence[tuple[KVCache, int]]) -> list[Logits]:
+        if len(steps) > self.max_batch:
+            parts = [steps[at : at + self.max_batch] for at in range(0, len(steps), self.max_batch)]
+            return [logits for part in parts for logits in self.step_batch(part)]
+        caches = [self._own(cache) for cache, _ in steps]
+        for cache, (_, token) in zip(caches, steps, strict=True):
+            self.check_tokens(cache, (token,))
+        self._check_memory(len(steps))
+        rows = [cache.taken_row() for cache in caches]
+        if len(set(map(id, rows))) < len(rows):
+            raise ModelError(
+                f"stepping {len(rows)} conversations of {self.spec.name} at once: one of them is there twice",
+                reason="same cache twice",
+            )
+        if not self._arena.together(rows):
+            return [self.step(cache, token) for cache, token in steps]
+        first = min(row.index for row in rows)
+        for row, (_, token) in zip(rows, steps, strict=True):
+            self._ids[row.index - first, 0] = token
+        self._compute(first, rows)
+        for row in rows:
+            self._advance(row, 1)
+        return [self._logits[row.index - first, 0].astype(np.float32) for row in rows]
+
+    def export_layers(self, cache: KVCache) -> list[LayerState]:
+        own = self._own(cache)
+        length = own.length
+        states = []
+        for index, spec in enumerate(self.spec.layers):
+            start = length - spec.held_tokens(length)
+            keys, values = (
+                self._arena.held(own.row, index, plane, start, length)
+                if own.row is not None
+                else np.zeros((spec.kv_heads, 0, spec.head_dim), self._dtype)
+                for plane in (False, True)
+            )
+            states.append(LayerState(spec.kind, self.spec.dtype, keys, values, length))
+        return states
+
+    def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> OnnxKVCache:
+        check_layers(self.spec, layers)
+        cache = self.new_cache(capacity_tokens)
+        length = layers[0].seen_tokens
+        if length > capacity_tokens:
+            raise ContextOverflow(
+                f"restoring {length:,} positions into a KV cache of {capacity_tokens:,}",
+                hint="ask for a larger capacity",
+                field="capacity_tokens",
+                reason="too small",
+            )
+        self._check_memory(length)
+        row = cache.taken_row()
+        for index, state in enumerate(layers):
+            start = length - state.keys.shape[1]
+            self._arena.held(row, index, False, start, length)[:] = state.keys
+            self._arena.held(row, index, True, start, length)[:] = state.values
+        row.length = length
+        row.kept_from = self._first_needed(length)
+        return cache
+
+    def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> OnnxKVCache | None:
+        own = self._own(cache)
+        if tokens > own.length or (own.row is not None and own.row.kept_from > self._first_needed(tokens)):
+            return None
+        states = []
+        for index, spec in enumerate(self.spec.layers):
+            start = tokens - spec.held_tokens(tokens)
+            keys, values = (self._arena.held(own.taken_row(), index, plane, start, tokens) for plane in (False, True))
+            states.append(LayerState(spec.kind, self.spec.dtype, keys, values, tokens))
+        return self.import_layers(states, capacity_tokens)
+
+    def _first_needed(self, length: int) -> int:
+        """The first position that some sliding layer still needs after ``length`` of them."""
+        sliding = [spec for spec in self.spec.layers if spec.kind == "sliding"]
+        return min((length - spec.held_tokens(length) for spec in sliding), default=0)
+
+    def _own(self, cache: KVCache) -> OnnxKVCache:
+        if not isinstance(cache, OnnxKVCache) or cache.arena is not self._arena:
+            raise ModelError(
+                f"running {self.spec.name}: the KV cache belongs to another engine",
+                hint="make caches with the engine that uses them",
+                reason="foreign cache",
+            )
+        return cache
+
+    # --- the graph ------------------------------------------------------------------------------------------------
+
+    def _read(self, row: Row, tokens: Sequence[int]) -> None:
+        """Append a chunk of a prompt to ``row``."""
+        count = len(tokens)
+        ids = np.array([tokens], np.int64)
+        logits = self._logits[:1]
+        if not self._last_logits_only:
+            logits = np.empty((1, count, self.spec.vocab_size), self._logits_dtype)
+        self._run(row.index, ids, self._ones[:, : row.length + count], self._lengths_of([row]), logits)
+        self._advance(row, count)
+
+    def _compute(self, first: int, rows: Sequence[Row]) -> None:
+        """One step of neighbouring rows, whose tokens are in ``_ids``; the logits come into ``_logits``."""
+        count = len(rows)
+        lengths = self._lengths_of(rows)
+        if count == 1:
+            mask = self._ones[:, : rows[0].length + 1]
+        else:
+            width = min(-(-(int(lengths.max()) + 1) // _MASK_STEP) * _MASK_STEP, self._arena.positions)
+            if self._mask.size < count * width:
+                self._mask = np.zeros(2 * self.max_batch * width, np.int64)
+            mask = self._mask[: count * width].reshape(count, width)
+            np.less_equal(self._positions[:width], lengths, out=mask)
+        self._run(first, self._ids[:count], mask, lengths, self._logits[:count])
+
+    @staticmethod
+    def _lengths_of(rows: Sequence[Row]) -> npt.NDArray[np.int64]:
+        """(rows, 1), in the order in which the rows lie."""
+        return np.array([[row.length] for row in sorted(rows, key=lambda row: row.index)], np.int64)
+
+    def _run(
+        self,
+        first: int,
+        ids: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        logits: npt.NDArray[Any],
+    ) -> None:
+        """Compute ``ids``, (rows, tokens), on the rows from ``first`` on, whose ``lengths`` are (rows, 1)."""
+        rows, tokens = ids.shape
+        binding = self._binding(first, rows)
+        binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
+        if self._has_positions:
+            positions = lengths + self._positions[:tokens]
+            binding.bind_input("position_ids", "cpu", 0, np.int64, positions.shape, positions.ctypes.data)
+        binding.bind_output("logits", "cpu", 0, self._logits_dtype, logits.shape, logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except RUNTIME_ERRORS as error:
+            # A row is written only behind its length, which has not moved: the cache is as it was.
+            raise failed(self.spec, rows * tokens, error) from error
+
+    def _binding(self, first: int, rows: int) -> Any:
+        """The binding of the KV of neighbouring rows, kept from call to call."""
+        binding = self._bindings.get((first, rows))
+        if binding is None:
+            binding = self._bindings[first, rows] = self._session.io_binding()
+            for layer in range(len(self.spec.layers)):
+                for values, name in ((False, f"{layer}.key"), (True, f"{layer}.value")):
+                    view = self._arena.view(layer, values, first, rows)
+                    where = ("cpu", 0, self._dtype, view.shape, view.ctypes.data)
+                    binding.bind_input(f"past_key_values.{name}", *where)
+                    binding.bind_output(f"present.{name}", *where)
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
+        return binding
+
+    def _advance(self, row: Row, count: int) -> None:
+        row.length += count
+        needed = self._first_needed(row.length)
+        if needed >= row.kept_from + _TRIM_TOKENS:
+            self._arena.trim(row, needed)
+
+    def _check_memory(self, tokens: int) -> None:
+        """Raises ModelError when the KV of ``tokens`` more positions does not fit the memory that is left.
+
+        Pages are taken as they are written, and the kernel ends a process that writes one too many: so it is asked
+        before.
+        """
+        available = _available_bytes() if tokens > 1 else None
+        needed = tokens * self.spec.kv_bytes_per_token
+        if available is not None and needed + _SPARE_BYTES > available:
+            raise ModelError(
+                f"reading {tokens:,} tokens with {self.spec.name}: their KV takes {needed:,} bytes, and "
+                f"{available:,} are left",
+                hint="close other conversations, use a shorter context, or a smaller model",
+                reason="out of memory",
+            )
+
+    def _warm_up(self) -> None:
+        """One step, so that a graph that does not run is refused here."""
+        cache = self.new_cache(1)
+        try:
+            logits = self.step(cache, 0)
+        except ModelError as error:
+            raise ModelUnavailable(
+                f"trying {self.spec.name} with one token: {error.message}",
+                hint="build the model again with this version of Mindstream",
+                reason="the graph does not run",
+            ) from error
+        finally:
+            cache.close()
+        if not np.isfinite(logits).all():
+            raise ModelUnavailable(
+                f"trying {self.spec.name} with one token: its logits are not finite",
+                hint="build the model again: its weights are damaged",
+                reason="damaged weights",
+            )
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping, now; None where the kernel does not say."""
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
