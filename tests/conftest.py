@@ -13,9 +13,11 @@ import hypothesis
 import psutil
 import pytest
 
+import broker.base as broker_base
 from broker.base import Broker
 from broker.embedded import EmbeddedBroker
 from broker.mosquitto import INSTALL_HINT, MosquittoBroker, find_mosquitto
+from tests.support.ports import free_port
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 SHARED = CHECKOUT.parent / "shared"
@@ -23,11 +25,15 @@ NEEDS_SHARED = "needs ../shared"
 """A skip for want of the shared folder starts its reason with this: the summary lists them."""
 
 _RUN_MARK = "TEST_RUN_OF_MINDSTREAM"
-_LEFT_BEHIND_DEADLINE_S = 5.0
+_LEFT_BEHIND_DEADLINE_S = 20.0
+_MOST_WORKERS = 6
+_WORKER_MIB = 1_536
+"""Memory for one of the processes that share the tests out: torch, a small model, and a node or two beside it."""
 # The same examples each time, so that what fails here fails everywhere; `make test-all` looks for new ones. No
 # deadline: a machine may be busy, and timings belong in bench/.
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("search", max_examples=1_000, deadline=None)
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=_SLOW)
+hypothesis.settings.register_profile("search", max_examples=1_000, deadline=None, suppress_health_check=_SLOW)
 hypothesis.settings.load_profile("same")
 
 _left_behind = pytest.StashKey[list[str]]()
@@ -94,9 +100,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Every process that a test starts inherits this, orphans included, so the end can look for it.
     if not _is_worker(config):
         os.environ[_RUN_MARK] = uuid.uuid4().hex
+    broker_base._free_port = free_port
     # A shell starts what it runs in the background with Ctrl-C ignored, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_left_behind] = []
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """For `-n auto`: the tests wait as much as they compute, so one more than there are cores, if memory lasts."""
+    cores = len(os.sched_getaffinity(0))
+    by_memory = psutil.virtual_memory().available // (_WORKER_MIB * 1024 * 1024)
+    return int(max(1, min(cores + 1, _MOST_WORKERS, by_memory)))
 
 
 @pytest.hookimpl(trylast=True)

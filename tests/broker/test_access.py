@@ -14,7 +14,7 @@ from broker.access import User, read_filters, render_acl, roles_of, rules_of, wr
 from broker.passwords import hash_password, read_users, render_passwords
 from protocol.errors import BrokerError
 from protocol.topics import TOPICS, Topic
-from tests.support.mosquittos import NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, Refused, wait_until
+from tests.support.mosquittos import NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, Refused, wait_for
 
 SOMETHING = {"target": "tomato", "asker": "tomato"}
 
@@ -42,7 +42,7 @@ def test_every_row_is_written_by_its_owner_alone_and_reaches_whom_it_is_for(devi
                 addressed.append(topic)
         sprout.publish("mindstream/v1/sprout/event/last", b"last")
         for client in (tomato, mallory):
-            wait_until(lambda c=client: b"last" in c.payloads, "all that came before has come")
+            wait_for(lambda c=client: b"last" in c.payloads, "all that came before has come")
         assert {m.topic for m in tomato.messages} >= {concrete(row, "sprout") for row in TOPICS}
         assert b"mallory" not in tomato.payloads
         assert addressed
@@ -55,8 +55,8 @@ def test_a_name_reads_its_own_asks_and_the_broker_but_writes_neither_outside_nor
     with NamedClient(device.port, "sprout") as sprout:
         sprout.subscribe("mindstream/v1/sprout/ask/#", "$SYS/broker/version")
         assert sprout.publish("mindstream/v1/sprout/ask/tomato/memory_store/put", b"own") < 0x80
-        wait_until(lambda: b"own" in sprout.payloads, "its own ask comes back")
-        wait_until(lambda: any(m.topic == "$SYS/broker/version" for m in sprout.messages), "the broker's version")
+        wait_for(lambda: b"own" in sprout.payloads, "its own ask comes back")
+        wait_for(lambda: any(m.topic == "$SYS/broker/version" for m in sprout.messages), "the broker's version")
         for topic in ("mindstream/v1", "mindstream/v2/sprout/state", "$SYS/broker/version", "homeassistant/x", "x"):
             assert sprout.publish(topic) == NOT_AUTHORISED, topic
 
@@ -81,7 +81,7 @@ def test_a_row_with_the_name_inside_a_level_is_written_by_that_name_alone(
             topic = concrete(row, "sprout")
             assert mallory.publish(topic, b"mallory") == NOT_AUTHORISED
             assert sprout.publish(topic, topic.encode()) < 0x80
-        wait_until(lambda: len(mallory.messages) == len(rows), "what stands outside is for all to read")
+        wait_for(lambda: len(mallory.messages) == len(rows), "what stands outside is for all to read")
         assert b"mallory" not in mallory.payloads
 
 
@@ -107,7 +107,7 @@ def test_a_bridge_writes_the_branches_it_carries_and_discovery_what_is_home_assi
         with NamedClient(device.port, "sprout") as sprout:
             sprout.publish("mindstream/v1/sprout/ask/mallory/memory_store/put", b"for mallory")
             sprout.publish("mindstream/v1/sprout/ask/pepper/memory_store/put", b"for pepper")
-        wait_until(lambda: b"for pepper" in carrier.payloads, "what is for a carried node comes")
+        wait_for(lambda: b"for pepper" in carrier.payloads, "what is for a carried node comes")
         assert b"for mallory" not in carrier.payloads
 
 

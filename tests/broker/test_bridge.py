@@ -9,7 +9,7 @@ import pytest
 
 from broker.configuration import Bridge, Listener, Setup
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_until
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_for
 
 LOG = "mindstream/v1/sprout/memory/log"
 WAITING = 3_000
@@ -44,7 +44,7 @@ def sprout(tmp_path: Path, hub: Mosquitto, certificates: Certificates) -> Iterat
 def wait_connected(device: Mosquitto) -> None:
     with NamedClient(device.port, "sprout") as client:
         client.subscribe("$SYS/broker/connection/+/state")
-        wait_until(lambda: client.payloads[-1:] == [b"1"], f"the bridge says that it is connected: {device.log[-500:]}")
+        wait_for(lambda: client.payloads[-1:] == [b"1"], f"the bridge says that it is connected: {device.log[-500:]}")
 
 
 def test_properties_and_retained_messages_cross_it_both_ways(hub: Mosquitto, sprout: Mosquitto) -> None:
@@ -62,8 +62,8 @@ def test_properties_and_retained_messages_cross_it_both_ways(hub: Mosquitto, spr
         far.publish("mindstream/v1/tomato/ask/sprout/memory_store/put", b"in", **properties)
         near.publish("mindstream/v1/sprout/state", b"state out", retain=True, **properties)
         far.publish("mindstream/v1/tomato/state", b"state in", retain=True, **properties)
-        wait_until(lambda: {b"out", b"state out"} <= set(far.payloads), "what sprout says is at the hub")
-        wait_until(lambda: {b"in", b"state in"} <= set(near.payloads), "what tomato says is at sprout")
+        wait_for(lambda: {b"out", b"state out"} <= set(far.payloads), "what sprout says is at the hub")
+        wait_for(lambda: {b"in", b"state in"} <= set(near.payloads), "what tomato says is at sprout")
         for message in [*far.messages, *near.messages]:
             assert 590 <= message.properties.MessageExpiryInterval <= 600
             assert message.properties.ResponseTopic == properties["ResponseTopic"]
@@ -74,8 +74,8 @@ def test_properties_and_retained_messages_cross_it_both_ways(hub: Mosquitto, spr
     with NamedClient(hub.port, "tomato") as late_far, NamedClient(sprout.port, "sprout") as late_near:
         late_far.subscribe("mindstream/v1/sprout/state")
         late_near.subscribe("mindstream/v1/tomato/state")
-        wait_until(lambda: late_far.payloads == [b"state out"], "sprout's state is retained at the hub")
-        wait_until(lambda: late_near.payloads == [b"state in"], "tomato's state is retained at sprout")
+        wait_for(lambda: late_far.payloads == [b"state out"], "sprout's state is retained at the hub")
+        wait_for(lambda: late_near.payloads == [b"state in"], "tomato's state is retained at sprout")
 
 
 def test_what_waits_for_the_hub_arrives_after_both_brokers_were_killed(hub: Mosquitto, sprout: Mosquitto) -> None:
@@ -90,7 +90,7 @@ def test_what_waits_for_the_hub_arrives_after_both_brokers_were_killed(hub: Mosq
         sprout.kill()
         hub.start()
         sprout.start()
-        wait_until(lambda: len(set(far.payloads)) >= WAITING, "all that waited")
+        wait_for(lambda: len(set(far.payloads)) >= WAITING, "all that waited")
         # At least once, in order: a run that comes again begins at or before where the last one ended.
         assert list(dict.fromkeys(far.payloads)) == payloads
 
@@ -101,7 +101,7 @@ def test_what_is_for_others_and_blobs_do_not_cross(hub: Mosquitto, sprout: Mosqu
         far.publish("mindstream/v1/tomato/ask/pepper/memory_store/put", b"for pepper")
         far.publish("mindstream/v1/tomato/blob/t1", b"chunk")
         far.publish("mindstream/v1/tomato/reply/sprout/cli", b"for sprout")
-        wait_until(lambda: b"for sprout" in near.payloads, "what is for sprout")
+        wait_for(lambda: b"for sprout" in near.payloads, "what is for sprout")
         assert near.payloads == [b"for sprout"]
 
 
@@ -113,19 +113,19 @@ def test_an_older_own_state_does_not_come_back_from_the_hub(hub: Mosquitto, spro
     ):
         far.subscribe(topic)
         near.publish(topic, b"old", retain=True)
-        wait_until(lambda: far.payloads == [b"old"], "the hub has the old state")
+        wait_for(lambda: far.payloads == [b"old"], "the hub has the old state")
         hub.save()
         hub.kill()
         near.publish(topic, b"new", retain=True)
         near.subscribe("mindstream/#")
         hub.start()
-        wait_until(lambda: far.payloads[-1:] == [b"new"], "the hub has the new state")
+        wait_for(lambda: far.payloads[-1:] == [b"new"], "the hub has the new state")
         # This came over the bridge after all that the hub had retained.
         far.publish("mindstream/v1/tomato/event/last", b"last")
-        wait_until(lambda: b"last" in near.payloads, "the bridge carries again")
+        wait_for(lambda: b"last" in near.payloads, "the bridge carries again")
         assert b"old" not in near.payloads
     with NamedClient(sprout.port, "sprout") as late, NamedClient(hub.port, "tomato") as late_far:
         late.subscribe(topic)
         late_far.subscribe(topic)
-        wait_until(lambda: late.payloads == [b"new"], "the device keeps the new state")
-        wait_until(lambda: late_far.payloads == [b"new"], "and so does the hub")
+        wait_for(lambda: late.payloads == [b"new"], "the device keeps the new state")
+        wait_for(lambda: late_far.payloads == [b"new"], "and so does the hub")

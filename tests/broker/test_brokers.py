@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import paho.mqtt.client as mqtt
@@ -20,16 +19,9 @@ from broker.base import MAX_INFLIGHT, MAX_PACKET_BYTES, Broker, answers_connect
 from broker.embedded import EmbeddedBroker
 from broker.mosquitto import MosquittoBroker, find_mosquitto
 from protocol.errors import BrokerError
+from tests.support.waiting import DEADLINE_S, wait_for
 
-DEADLINE_S = 20.0
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.01)
 
 
 class Client:
@@ -45,7 +37,7 @@ class Client:
         self.mqtt.on_disconnect = lambda *_: setattr(self, "drops", self.drops + 1)
         self.mqtt.connect(broker.host, broker.port)
         self.mqtt.loop_start()
-        wait_until(self.mqtt.is_connected, f"{client_id} connects")
+        wait_for(self.mqtt.is_connected, f"{client_id} connects")
         if topics:
             self.mqtt.subscribe(topics, qos=1)
             assert self.subscribed.wait(DEADLINE_S)
@@ -66,14 +58,14 @@ def made(kind: str, tmp_path: Path, port: int | None = None) -> Broker:
 def test_a_started_broker_carries_messages_at_once(broker: Broker) -> None:
     client = Client(broker, "one", "a/#")
     client.mqtt.publish("a/b", b"hello", qos=1).wait_for_publish(DEADLINE_S)
-    wait_until(lambda: client.received == [b"hello"], "the message comes back")
+    wait_for(lambda: client.received == [b"hello"], "the message comes back")
     client.close()
 
 
 def test_it_takes_a_payload_of_one_mebibyte(broker: Broker) -> None:
     client = Client(broker, "big", "a/#")
     client.mqtt.publish("a/b", b"x" * 1024 * 1024, qos=1).wait_for_publish(DEADLINE_S)
-    wait_until(lambda: [len(p) for p in client.received] == [1024 * 1024], "the payload comes back")
+    wait_for(lambda: [len(p) for p in client.received] == [1024 * 1024], "the payload comes back")
     client.close()
 
 
@@ -99,7 +91,7 @@ def test_a_killed_broker_starts_again_on_the_same_port_at_once(broker: Broker) -
     url, pid = broker.url, broker.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not broker.alive, "the broker is gone")
+    wait_for(lambda: not broker.alive, "the broker is gone")
     broker.start()
     assert broker.url == url
     assert broker.pid != pid
@@ -163,7 +155,7 @@ def test_it_dies_with_a_parent_that_is_killed(kind: str, tmp_path: Path) -> None
         parent.kill()
         parent.wait()
         parent.stdout.close()
-    wait_until(lambda: not psutil.pid_exists(pid), "the broker follows its parent")
+    wait_for(lambda: not psutil.pid_exists(pid), "the broker follows its parent")
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["before_connect", "after_connect"])
@@ -186,7 +178,7 @@ def test_a_sender_of_100_megabytes_is_cut_off_and_nobody_else(broker: Broker, co
             pass
     assert sent < packet_bytes // 4, f"{sent:,} bytes were taken"
     bystander.mqtt.publish("a/b", b"still here", qos=1).wait_for_publish(DEADLINE_S)
-    wait_until(lambda: bystander.received == [b"still here"], "the bystander is served")
+    wait_for(lambda: bystander.received == [b"still here"], "the bystander is served")
     assert bystander.drops == 0
     assert psutil.Process(broker.pid).memory_info().rss - memory_before < 32 * 1024 * 1024
     bystander.close()
@@ -197,7 +189,7 @@ def test_a_packet_just_above_the_limit_costs_its_sender_the_connection(broker: B
     sender = Client(broker, "sender")
     sender.mqtt.reconnect_delay_set(60, 60)
     sender.mqtt.publish("a/b", b"x" * MAX_PACKET_BYTES, qos=0)
-    wait_until(lambda: sender.drops > 0, "the sender is cut off")
+    wait_for(lambda: sender.drops > 0, "the sender is cut off")
     assert bystander.drops == 0
     assert bystander.received == []
     sender.close()
@@ -216,10 +208,10 @@ def test_the_embedded_broker_holds_back_what_is_beyond_the_inflight_limit(embedd
     writer = Client(embedded_broker, "writer")
     for number in range(3 * MAX_INFLIGHT):
         writer.mqtt.publish("a/b", number.to_bytes(2, "big"), qos=1)
-    wait_until(lambda: len(reader.received) == MAX_INFLIGHT, "the window fills")
+    wait_for(lambda: len(reader.received) == MAX_INFLIGHT, "the window fills")
     for message in unacknowledged[:10]:
         reader.mqtt.ack(message.mid, message.qos)
-    wait_until(lambda: len(reader.received) == MAX_INFLIGHT + 10, "as many come as were acknowledged")
+    wait_for(lambda: len(reader.received) == MAX_INFLIGHT + 10, "as many come as were acknowledged")
     writer.close()
     reader.close()
 
@@ -247,7 +239,7 @@ def test_mosquitto_keeps_what_waits_for_a_session_through_a_kill(mosquitto_broke
     def connect(client: mqtt.Client) -> None:
         client.connect(mosquitto_broker.host, mosquitto_broker.port, clean_start=False, properties=properties)
         client.loop_start()
-        wait_until(client.is_connected, "the client connects")
+        wait_for(client.is_connected, "the client connects")
 
     away = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="away", protocol=mqtt.MQTTv5)
     subscribed = threading.Event()
@@ -262,21 +254,21 @@ def test_mosquitto_keeps_what_waits_for_a_session_through_a_kill(mosquitto_broke
     for number in range(1500):  # more than the 1,000 that an unconfigured Mosquitto would keep
         info = writer.mqtt.publish("a/b", str(number).encode(), qos=1)
     info.wait_for_publish(DEADLINE_S)
-    wait_until(lambda: not writer.mqtt.want_write(), "all is written")
+    wait_for(lambda: not writer.mqtt.want_write(), "all is written")
     writer.close()
     assert mosquitto_broker.data_folder is not None
     database = mosquitto_broker.data_folder / "mosquitto.db"
     written_at = time.time()
-    wait_until(lambda: database.exists() and database.stat().st_mtime > written_at + 1, "the state is saved")
+    wait_for(lambda: database.exists() and database.stat().st_mtime > written_at + 1, "the state is saved")
     assert mosquitto_broker.pid is not None
     os.kill(mosquitto_broker.pid, signal.SIGKILL)
-    wait_until(lambda: not mosquitto_broker.alive, "Mosquitto is gone")
+    wait_for(lambda: not mosquitto_broker.alive, "Mosquitto is gone")
 
     mosquitto_broker.start()
     received: list[int] = []
     away.on_message = lambda _c, _u, message: received.append(int(message.payload))
     connect(away)
-    wait_until(lambda: len(received) >= 1500, "what waited arrives")
+    wait_for(lambda: len(received) >= 1500, "what waited arrives")
     assert sorted(set(received)) == list(range(1500))
     away.disconnect()
     away.loop_stop()

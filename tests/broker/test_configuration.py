@@ -13,7 +13,7 @@ from broker.check import OK, check, worst
 from broker.configuration import Bridge, Listener, Setup, render
 from protocol.errors import BrokerError
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_until
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_for
 
 CA = Path("/ca.pem")
 PEM = {"certificate": Path("/server.pem"), "key": Path("/server.key")}
@@ -99,7 +99,7 @@ def test_a_device_with_all_it_can_have_serves_each_of_its_listeners(
             ):
                 with NamedClient(port, "sprout", **options) as client:  # type: ignore[arg-type]
                     assert client.publish(f"mindstream/v1/sprout/event/{number}", payload) < 0x80
-                wait_until(lambda wanted=number + 1: len(reader.messages) == wanted, "it comes over each of them")
+                wait_for(lambda wanted=number + 1: len(reader.messages) == wanted, "it comes over each of them")
         assert {len(each) for each in reader.payloads} == {len(payload)}
         assert "error" not in broker.log.lower()
 
@@ -126,7 +126,7 @@ def test_without_names_everything_on_loopback_is_allowed(tmp_path: Path, needs_m
     with Mosquitto(device_setup(tmp_path, anonymous=True)) as broker, NamedClient(broker.port) as client:
         client.subscribe("#")
         assert client.publish("mindstream/v1/whoever/state", b"said") < 0x80
-        wait_until(lambda: client.payloads == [b"said"], "it comes back")
+        wait_for(lambda: client.payloads == [b"said"], "it comes back")
 
 
 def test_what_waits_for_a_name_that_is_away_outlives_a_kill(tmp_path: Path, needs_mosquitto: None) -> None:
@@ -141,7 +141,7 @@ def test_what_waits_for_a_name_that_is_away_outlives_a_kill(tmp_path: Path, need
         broker.kill()
         broker.start()
         with NamedClient(broker.port, "tomato", client_id="away", session_s=600) as away:
-            wait_until(lambda: len(away.payloads) >= len(payloads), "what waited")
+            wait_for(lambda: len(away.payloads) >= len(payloads), "what waited")
             assert away.payloads == payloads
             away.subscribe("mindstream/v1/sprout/state")
-            wait_until(lambda: away.payloads[-1:] == [b"ready"], "what was retained")
+            wait_for(lambda: away.payloads[-1:] == [b"ready"], "what was retained")

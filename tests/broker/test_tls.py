@@ -15,7 +15,8 @@ from edge.bus import Bus
 from protocol.errors import BrokerError
 from protocol.messages import Event
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import PASSWORD, Mosquitto, free_port, wait_until
+from tests.support.mosquittos import PASSWORD, Mosquitto, free_port, wait_for
+from tests.support.waiting import DEADLINE_S
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def refusal(made: Bus) -> str:
     """What the bus says of a connection that it does not get."""
     try:
         made.start(None)
-        wait_until(lambda: made.refusal or made.connected, "the broker or TLS says no")
+        wait_for(lambda: made.refusal or made.connected, "the broker or TLS says no")
         assert not made.connected
         return made.refusal
     finally:
@@ -48,9 +49,9 @@ def test_buses_speak_over_tls_under_their_names(host: str, broker: Mosquitto, ce
     heard: list[str] = []
     with bus(url, certificates.ca, node="tomato") as tomato, bus(url, certificates.ca) as sprout:
         tomato.hear(Event, lambda message: heard.append(message.data.text), node="sprout")
-        tomato.wait_subscribed(10)
+        tomato.wait_subscribed(DEADLINE_S)
         sprout.say(Event(name="test", severity="info", text="over TLS"), service="test")
-        wait_until(lambda: heard == ["over TLS"], "the event arrives")
+        wait_for(lambda: heard == ["over TLS"], "the event arrives")
 
 
 def test_a_wrong_ca_is_refused_and_the_refusal_says_so(broker: Mosquitto, certificates: Certificates) -> None:

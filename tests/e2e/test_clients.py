@@ -25,9 +25,9 @@ from protocol.messages import MemoryHave, MemoryPut, MemoryVectorAsk
 from tests.golden.values import vector_digest
 from tests.support.javascript import CLIENTS, client_folder
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 LANGUAGES = ("python", "javascript", "shell")
-TTL_MS = 10_000
 
 
 @pytest.fixture(scope="module", params=["embedded", "mosquitto"])
@@ -96,8 +96,8 @@ def lines_of(arguments: list[str], tmp_path: Path) -> Iterator[list[str]]:
         yield lines
     finally:
         os.killpg(program.pid, signal.SIGTERM)  # a session of its own: a shell has children
-        program.wait(10)
-        reader.join(10)
+        program.wait(DEADLINE_S)
+        reader.join(DEADLINE_S)
         program.stdout.close()
 
 
@@ -121,7 +121,7 @@ def test_a_client_hears_new_memories_and_reads_them(
         return [line for line in lines if f"{language} hears number" in line and "/memory/log" in line]
 
     with lines_of([*command(language, "listen", tmp_path), *address(watcher)], tmp_path) as lines:
-        wait_for(lambda: heard_after_another(lines), f"the {language} client hears nothing", 30)
+        wait_for(lambda: heard_after_another(lines), f"the {language} client hears nothing")
     first = heard(lines)[0]
     if language == "shell":
         shown = [json.loads(line) for line in lines]

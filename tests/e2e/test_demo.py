@@ -92,7 +92,7 @@ def wait_gone(processes: list[psutil.Process]) -> None:
                 continue
         return found
 
-    wait_for(lambda: not alive(), f"of {len(processes)} processes some are left", 20)
+    wait_for(lambda: not alive(), f"of {len(processes)} processes some are left")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_ctrl_c_after_the_tour_ends_every_process(smollm2_path: Path, home: Path
 def test_kill_9_of_the_demo_leaves_no_orphan(tmp_path: Path) -> None:
     with started(tmp_path, "demo") as demo:
         # In the middle of the start: supervisors, the broker and services are there.
-        wait_for(lambda: demo.process.poll() is not None or len(demo.family()) >= 7, "it did not start", 60)
+        wait_for(lambda: demo.process.poll() is not None or len(demo.family()) >= 7, "it did not start")
         family = demo.family()
         assert len(family) >= 7, demo.printed
         demo.process.kill()
@@ -138,7 +138,7 @@ def test_kill_9_of_the_demo_leaves_no_orphan(tmp_path: Path) -> None:
 
 def test_ctrl_c_while_it_starts_ends_every_process(tmp_path: Path) -> None:
     with started(tmp_path, "demo") as demo:
-        wait_for(lambda: demo.process.poll() is not None or len(demo.family()) >= 4, "it did not start", 60)
+        wait_for(lambda: demo.process.poll() is not None or len(demo.family()) >= 4, "it did not start")
         family = demo.family()
         demo.process.send_signal(signal.SIGINT)
         demo.process.wait(60)
@@ -156,7 +156,7 @@ def test_without_its_model_the_demo_says_why_it_cannot_go_on(tmp_path: Path) -> 
 
 def test_a_second_demo_in_the_same_folder_says_that_the_first_one_runs(tmp_path: Path) -> None:
     with started(tmp_path, "demo") as first:
-        wait_for(lambda: first.process.poll() is not None or len(first.family()) >= 7, "it did not start", 60)
+        wait_for(lambda: first.process.poll() is not None or len(first.family()) >= 7, "it did not start")
         with started(tmp_path, "demo", "--once") as second:
             assert second.process.wait(60) == 1, second.printed
         assert first.process.poll() is None, first.printed

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,11 @@ from broker.base import Broker
 from broker.child import spawn
 from protocol.ids import uuid7
 from protocol.messages import MemoryPut, MemoryStored
+from tests.support.waiting import DEADLINE_S, TTL_MS, wait_for
 
-DEADLINE_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).with_name("bus_child.py")
 PUT_TOPIC = "mindstream/v1/{node}/ask/sprout/memory_store/put"
-
-
-def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.005)
 
 
 def stored(identifier: str = "", *, seq: int = 1) -> MemoryStored:
@@ -65,7 +57,7 @@ def envelope(type: str, data: Any, /, *, source: str = "mars/raw", **changes: An
 
 
 def put_envelope(text: str, **changes: Any) -> bytes:
-    fields = {"reply_to": "raw", "ttl_ms": 20_000, **changes}
+    fields = {"reply_to": "raw", "ttl_ms": TTL_MS, **changes}
     return envelope("memory.put", {"text": text}, **fields)
 
 
@@ -99,7 +91,7 @@ class RawClient:
         def found() -> list[dict[str, Any]]:
             return [answer for answer in self.answers() if answer.get("correlation") == identifier]
 
-        wait_until(found, f"an answer to {identifier}")
+        wait_for(found, f"an answer to {identifier}")
         return found()[0]
 
     def close(self) -> None:
@@ -128,7 +120,7 @@ class Child:
                 self.lines.append(line.decode().rstrip("\n"))
 
     def wait_for(self, line: str, count: int = 1) -> None:
-        wait_until(lambda: self.lines.count(line) >= count, f"the child says {line!r} {count} times: {self.lines[-5:]}")
+        wait_for(lambda: self.lines.count(line) >= count, f"the child says {line!r} {count} times: {self.lines[-5:]}")
 
     @property
     def ended(self) -> bool:
@@ -148,4 +140,4 @@ def kill_broker(broker: Broker) -> None:
     pid = broker.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not broker.alive, "the broker is dead")
+    wait_for(lambda: not broker.alive, "the broker is dead")

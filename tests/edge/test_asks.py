@@ -42,9 +42,10 @@ from tests.edge.bus_support import (
     kill_broker,
     put_envelope,
     stored,
-    wait_until,
+    wait_for,
 )
 from tests.edge.conftest import OpenBus
+from tests.support.waiting import TTL_MS
 
 DAY_US = 24 * 3600 * 1_000_000
 
@@ -69,7 +70,7 @@ def responder(make_bus: OpenBus, answers: Answers) -> Bus:
 
 
 def test_an_ask_is_answered_typed(responder: Bus, open_bus: OpenBus) -> None:
-    answer = open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=10_000)
+    answer = open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS)
     assert isinstance(answer, MemoryStored)
     assert answer.seq == 1
 
@@ -77,7 +78,7 @@ def test_an_ask_is_answered_typed(responder: Bus, open_bus: OpenBus) -> None:
 def test_many_asks_at_once_each_get_their_own_answer(responder: Bus, open_bus: OpenBus) -> None:
     asker = open_bus("tomato", "asker")
     ids = [uuid7() for _ in range(400)]
-    futures = [asker.ask_later("sprout", MemoryPut(text=each), ttl_ms=30_000, id=each) for each in ids]
+    futures = [asker.ask_later("sprout", MemoryPut(text=each), ttl_ms=TTL_MS, id=each) for each in ids]
     assert [future.result(DEADLINE_S).id for future in futures] == ids
 
 
@@ -90,7 +91,7 @@ def test_an_error_arrives_with_its_class_topic_type_field_and_reason(make_bus: O
     responder.hear(MemoryPut, refuse)
     responder.start()
     with pytest.raises(NotFound, match="looking for a scope") as caught:
-        open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=10_000)
+        open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS)
     error = caught.value
     assert (error.field, error.reason, error.hint, error.type) == ("scope", "unknown scope", "make one", "memory.put")
     assert error.topic == "mindstream/v1/tomato/ask/sprout/memory_store/put"
@@ -107,7 +108,7 @@ def test_an_error_of_any_length_is_still_an_answer(make_bus: OpenBus, open_bus: 
     responder.hear(MemoryPut, fail)
     responder.start()
     with pytest.raises(MindstreamError, match="unexpected ValueError"):
-        open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=10_000)
+        open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS)
 
 
 @pytest.mark.parametrize("result", [None, "text", MemoryRecalled(hits=[], took_ms=0.0), 7])
@@ -119,8 +120,8 @@ def test_a_handler_that_answers_with_the_wrong_thing_is_an_error_to_the_asker(
     responder.start()
     asker = open_bus("tomato", "asker")
     with pytest.raises(MindstreamError, match="the handler answered with"):
-        asker.ask("sprout", MemoryPut(text="wrong"), ttl_ms=10_000)
-    assert isinstance(asker.ask("sprout", MemoryPut(text="right"), ttl_ms=10_000), MemoryStored)
+        asker.ask("sprout", MemoryPut(text="wrong"), ttl_ms=TTL_MS)
+    assert isinstance(asker.ask("sprout", MemoryPut(text="right"), ttl_ms=TTL_MS), MemoryStored)
     assert responder.counters["failed.handler"] == 1
 
 
@@ -129,7 +130,7 @@ def test_a_batch_handler_that_answers_too_few_fails_each_alone(make_bus: OpenBus
     responder.hear(MemoryPut, lambda messages: [stored()], batch=8)
     responder.start()
     asker = open_bus("tomato", "asker")
-    futures = [asker.ask_later("sprout", MemoryPut(text="x"), ttl_ms=10_000) for _ in range(20)]
+    futures = [asker.ask_later("sprout", MemoryPut(text="x"), ttl_ms=TTL_MS) for _ in range(20)]
     assert all(isinstance(future.result(DEADLINE_S), MemoryStored) for future in futures)
 
 
@@ -144,8 +145,8 @@ def test_a_deferred_answer_may_come_from_a_worker_and_out_of_order(make_bus: Ope
     responder.hear(MemoryPut, later)
     responder.start()
     asker = open_bus("tomato", "asker")
-    futures = {text: asker.ask_later("sprout", MemoryPut(text=text), ttl_ms=30_000) for text in "abc"}
-    wait_until(lambda: len(held) == 3, "all are under way")
+    futures = {text: asker.ask_later("sprout", MemoryPut(text=text), ttl_ms=TTL_MS) for text in "abc"}
+    wait_for(lambda: len(held) == 3, "all are under way")
     held["c"].set_result(stored("c"))
     assert futures["c"].result(DEADLINE_S).id == "c"
     held["b"].set_exception(NotFound("no"))
@@ -154,7 +155,7 @@ def test_a_deferred_answer_may_come_from_a_worker_and_out_of_order(make_bus: Ope
     held["a"].cancel()
     with pytest.raises(MindstreamError, match="given up"):
         futures["a"].result(DEADLINE_S)
-    wait_until(lambda: responder._dispatch.ledger.owed == 0, "all are acknowledged")
+    wait_for(lambda: responder._dispatch.ledger.owed == 0, "all are acknowledged")
 
 
 def test_an_answer_counts_only_from_the_node_that_was_asked(
@@ -162,13 +163,13 @@ def test_an_answer_counts_only_from_the_node_that_was_asked(
 ) -> None:
     asker = open_bus("tomato", "asker")
     identifier = uuid7()
-    future = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=30_000, id=identifier)
+    future = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=TTL_MS, id=identifier)
     assert answers.held.wait(DEADLINE_S)
     forged = {"id": "x", "node": "mars", "scope": "everyone", "log_id": "l", "seq": 9}
     raw.publish("mindstream/v1/mars/reply/tomato/asker", envelope("memory.stored", forged, correlation=identifier))
     other = envelope("memory.merged", {}, correlation=identifier, source="sprout/memory_store")
     raw.publish("mindstream/v1/sprout/reply/tomato/asker", other)
-    wait_until(lambda: asker.counters["late_replies"] == 2, "both are refused")
+    wait_for(lambda: asker.counters["late_replies"] == 2, "both are refused")
     assert not future.done()
     answers.release.set()
     assert future.result(DEADLINE_S).node == "sprout"
@@ -217,7 +218,7 @@ def test_an_ask_that_expired_in_the_queue_is_answered_so_and_not_carried_out(
     assert answers.held.wait(DEADLINE_S)
     identifier = uuid7()
     raw.put(put_envelope("late", id=identifier, ttl_ms=50))
-    wait_until(lambda: responder.queued == 2, "it waits")
+    wait_for(lambda: responder.queued == 2, "it waits")
     threading.Event().wait(0.1)  # its time to live has to pass
     answers.release.set()
     error = raw.answer_to(identifier)
@@ -231,7 +232,7 @@ def test_a_clock_that_is_a_day_off_changes_nothing(
     responder: Bus, answers: Answers, raw: RawClient, off_us: int
 ) -> None:
     identifier = uuid7((time.time_ns() // 1000 + off_us) // 1000)
-    raw.put(put_envelope("off", id=identifier, time_us=time.time_ns() // 1000 + off_us, ttl_ms=5_000))
+    raw.put(put_envelope("off", id=identifier, time_us=time.time_ns() // 1000 + off_us, ttl_ms=TTL_MS))
     assert raw.answer_to(identifier)["type"] == "memory.stored"
     assert answers.texts == ["off"]
 
@@ -249,7 +250,7 @@ def test_the_time_that_the_broker_kept_an_ask_counts(make_bus: OpenBus, open_bus
         asker.ask("sprout", MemoryPut(text="too late"), ttl_ms=1_000)
     threading.Event().wait(1.0)  # the broker counts whole seconds
     responder()
-    asker.ask("sprout", MemoryPut(text="in time"), ttl_ms=10_000)
+    asker.ask("sprout", MemoryPut(text="in time"), ttl_ms=TTL_MS)
     assert answers.texts == ["in time"]
 
 
@@ -257,12 +258,12 @@ def test_the_time_without_a_broker_counts(broker: Broker, responder: Bus, answer
     """An ask must not wait in the client library with the time to live that it once had."""
     asker = open_bus("tomato", "asker")
     kill_broker(broker)
-    wait_until(lambda: not asker.connected and not responder.connected, "the loss is noticed")
+    wait_for(lambda: not asker.connected and not responder.connected, "the loss is noticed")
     with pytest.raises(AskExpired):
         asker.ask("sprout", MemoryPut(text="too late"), ttl_ms=200)
     broker.start()
-    wait_until(lambda: asker.connected and responder.connected, "both are back")
-    asker.ask("sprout", MemoryPut(text="in time"), ttl_ms=20_000)
+    wait_for(lambda: asker.connected and responder.connected, "both are back")
+    asker.ask("sprout", MemoryPut(text="in time"), ttl_ms=TTL_MS)
     assert answers.texts == ["in time"]
 
 
@@ -275,7 +276,7 @@ def test_a_repeated_ask_is_carried_out_once_and_answered_again(
     identifier = uuid7()
     for _ in range(3):
         raw.put(put_envelope("once", id=identifier))
-    wait_until(lambda: len(raw.answers()) == 3, "each repetition is answered")
+    wait_for(lambda: len(raw.answers()) == 3, "each repetition is answered")
     assert len({msgpack.packb(answer["data"]) for answer in raw.answers()}) == 1
     assert answers.texts == ["once"]
     assert responder.counters["duplicates"] == 2
@@ -288,9 +289,9 @@ def test_a_repetition_while_it_is_carried_out_waits_for_the_same_answer(
     raw.put(put_envelope("hold", id=identifier))
     assert answers.held.wait(DEADLINE_S)
     raw.put(put_envelope("hold", id=identifier))
-    wait_until(lambda: responder.queued == 2, "the repetition is here")
+    wait_for(lambda: responder.queued == 2, "the repetition is here")
     answers.release.set()
-    wait_until(lambda: responder.counters["duplicates"] == 1, "it is known")
+    wait_for(lambda: responder.counters["duplicates"] == 1, "it is known")
     assert raw.answer_to(identifier)["type"] == "memory.stored"
     assert answers.texts == ["hold"]
 
@@ -301,15 +302,15 @@ def test_an_id_is_the_askers_own(responder: Bus, answers: Answers, open_bus: Ope
     raw.put(put_envelope("mine", id=identifier))
     assert raw.answer_to(identifier)["data"]["seq"] == 1
     asker = open_bus("tomato", "asker")
-    assert asker.ask_later("sprout", MemoryPut(text="yours"), ttl_ms=10_000, id=identifier).result(DEADLINE_S).seq == 2
+    assert asker.ask_later("sprout", MemoryPut(text="yours"), ttl_ms=TTL_MS, id=identifier).result(DEADLINE_S).seq == 2
 
 
 def test_asking_again_under_an_open_id_is_the_same_ask(responder: Bus, answers: Answers, open_bus: OpenBus) -> None:
     asker = open_bus("tomato", "asker")
     identifier = uuid7()
-    first = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=30_000, id=identifier)
+    first = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=TTL_MS, id=identifier)
     assert answers.held.wait(DEADLINE_S)
-    second = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=30_000, id=identifier)
+    second = asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=TTL_MS, id=identifier)
     answers.release.set()
     assert first.result(DEADLINE_S) == second.result(DEADLINE_S)
     assert answers.texts == ["hold"]
@@ -322,13 +323,13 @@ def test_asks_under_way_outlive_their_broker(
     broker: Broker, responder: Bus, answers: Answers, open_bus: OpenBus
 ) -> None:
     asker = open_bus("tomato", "asker")
-    futures: list[Future[Any]] = [asker.ask_later("sprout", MemoryPut(text="hold first"), ttl_ms=60_000)]
+    futures: list[Future[Any]] = [asker.ask_later("sprout", MemoryPut(text="hold first"), ttl_ms=TTL_MS)]
     assert answers.held.wait(DEADLINE_S)
-    futures += [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=60_000) for n in range(30)]
+    futures += [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=TTL_MS) for n in range(30)]
     kill_broker(broker)
     answers.release.set()
-    wait_until(lambda: not asker.connected, "the loss is noticed")
-    futures += [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=60_000) for n in range(30, 40)]
+    wait_for(lambda: not asker.connected, "the loss is noticed")
+    futures += [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=TTL_MS) for n in range(30, 40)]
     broker.start()
     for future in futures:
         assert isinstance(future.result(DEADLINE_S), MemoryStored)
@@ -340,7 +341,7 @@ def test_a_durable_ask_is_carried_out_again_after_its_process_was_killed(
 ) -> None:
     child = start_child("durable-and-hold", tmp_path)
     child.wait_for("ready")
-    future = open_bus("tomato", "asker").ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=60_000)
+    future = open_bus("tomato", "asker").ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=TTL_MS)
     child.wait_for("generate c1")
     child.kill()
     again = start_child("durable", tmp_path)
@@ -361,7 +362,7 @@ def test_a_command_that_was_lost_with_its_session_is_asked_again_by_its_asker(
     asker = open_bus("tomato", "asker")
     os.kill(child.process.pid, signal.SIGSTOP)
     try:
-        answer = asker.ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=60_000)
+        answer = asker.ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=TTL_MS)
         assert asker.flush(DEADLINE_S), "the broker has it"
         kill_broker(broker)
         if isinstance(broker, MosquittoBroker):
@@ -380,14 +381,14 @@ def test_a_durable_ask_repeated_to_the_next_process_gets_the_answer_that_was_giv
     child = start_child("durable", tmp_path)
     child.wait_for("ready")
     identifier = uuid7()
-    ask = envelope("model.generate", {"conversation": "c1"}, id=identifier, ttl_ms=60_000, reply_to="raw")
+    ask = envelope("model.generate", {"conversation": "c1"}, id=identifier, ttl_ms=TTL_MS, reply_to="raw")
     raw.publish("mindstream/v1/mars/ask/sprout/model_runner/generate", ask)
     raw.answer_to(identifier)
     child.kill()
     again = start_child("durable", tmp_path)
     again.wait_for("ready")
     raw.publish("mindstream/v1/mars/ask/sprout/model_runner/generate", ask)
-    wait_until(lambda: len(raw.answers()) == 2, "the repetition is answered")
+    wait_for(lambda: len(raw.answers()) == 2, "the repetition is answered")
     assert raw.answers()[0] == raw.answers()[1]
     assert "generate c1" not in again.lines
 
@@ -412,8 +413,8 @@ def test_a_durable_ask_is_on_the_disk_before_it_is_acknowledged(
     responder.hear(ModelGenerate, lambda message: answer)
     responder.keep_asks_in(journal)
     responder.start()
-    future = open_bus("tomato", "asker").ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=30_000)
-    wait_until(lambda: acknowledged, "it is acknowledged while it is under way")
+    future = open_bus("tomato", "asker").ask_later("sprout", ModelGenerate(conversation="c1"), ttl_ms=TTL_MS)
+    wait_for(lambda: acknowledged, "it is acknowledged while it is under way")
     assert acknowledged == [1]
     answer.set_result(RunDone(run="r", conversation="c1", text="", tokens=[], finish_reason="stop"))
     future.result(DEADLINE_S)
@@ -431,7 +432,7 @@ def test_a_handler_that_asks_is_told_so(make_bus: OpenBus, open_bus: OpenBus) ->
 
     responder.hear(MemoryPut, asks)
     responder.start()
-    open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=10_000)
+    open_bus("tomato", "asker").ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS)
     assert "from a handler of sprout/memory_store" in str(caught[0])
     assert "Deferred" in str(caught[0])
 
@@ -445,11 +446,11 @@ def test_a_callback_of_an_answer_may_ask_further_but_not_wait(responder: Bus, op
             asker.ask("sprout", MemoryPut(text="waits"), ttl_ms=1000)
         except BusError as refused:
             text = str(refused)
-            asker.ask_later("sprout", MemoryPut(text="later"), ttl_ms=10_000).add_done_callback(
+            asker.ask_later("sprout", MemoryPut(text="later"), ttl_ms=TTL_MS).add_done_callback(
                 lambda answer: chained.set_result((text, answer.result()))
             )
 
-    asker.ask_later("sprout", MemoryPut(text="first"), ttl_ms=10_000).add_done_callback(further)
+    asker.ask_later("sprout", MemoryPut(text="first"), ttl_ms=TTL_MS).add_done_callback(further)
     text, answer = chained.result(DEADLINE_S)
     assert "network thread" in text
     assert isinstance(answer, MemoryStored)
@@ -457,12 +458,12 @@ def test_a_callback_of_an_answer_may_ask_further_but_not_wait(responder: Bus, op
 
 def test_asks_end_with_their_bus(open_bus: OpenBus) -> None:
     asker = open_bus("tomato", "asker")
-    future = asker.ask_later("nobody", MemoryPut(text="a"), ttl_ms=60_000)
+    future = asker.ask_later("nobody", MemoryPut(text="a"), ttl_ms=TTL_MS)
     asker.stop()
     with pytest.raises(NotConnected, match="is stopping"):
         future.result(DEADLINE_S)
     with pytest.raises(NotConnected, match="stopped"):
-        asker.ask("nobody", MemoryPut(text="a"), ttl_ms=60_000)
+        asker.ask("nobody", MemoryPut(text="a"), ttl_ms=TTL_MS)
 
 
 def test_only_the_own_node_may_ask_what_is_reserved_to_it(make_bus: OpenBus, raw: RawClient) -> None:
@@ -504,11 +505,11 @@ def test_an_ask_that_finds_no_room_does_not_hold_up_the_end_of_another() -> None
     short = open_one(asks, "b", 0.3, lambda: True)
     asks.resend()
     with pytest.raises(AskExpired):
-        short.result(5)
-    wait_until(lambda: len(tried) > 3, "it is tried again soon")
+        short.result(DEADLINE_S)
+    wait_for(lambda: len(tried) > 3, "it is tried again soon")
     asks.fail_all(NotConnected("stop"))
     with pytest.raises(NotConnected):
-        blocked.result(5)
+        blocked.result(DEADLINE_S)
 
 
 def test_open_asks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from protocol.manifest import (
     seal_manifest,
 )
 from protocol.messages import BlobChunk, BlobPull
-from tests.edge.bus_support import Child, wait_until
+from tests.edge.bus_support import Child, wait_for
 from tests.edge.conftest import OpenBus
 
 CHUNKS = 24
@@ -267,7 +267,7 @@ def test_a_receiver_killed_half_way_goes_on_where_it_was(
     folder = tmp_path / "sprout"
     lost = lose(holder.blob_bus, lambda chunk: chunk.index >= CHUNKS // 2)
     child = start_child("pull", folder, held.folder, held.identifier)
-    wait_until(lambda: len(child.lines) >= CHUNKS // 2, f"half of it is here: {child.lines}")
+    wait_for(lambda: len(child.lines) >= CHUNKS // 2, f"half of it is here: {child.lines}")
     child.kill()
     here = sum(SnapshotStore(folder).has(ref) for ref in held.manifest.chunks)
     assert here == CHUNKS // 2

@@ -16,8 +16,9 @@ from edge.bus import Bus
 from protocol import topics
 from protocol.errors import MessageTooLarge, NotConnected, Overloaded, WrongTopic
 from protocol.messages import Event, MemoryEntries, MemoryPut, RunToken, ServiceState
-from tests.edge.bus_support import DEADLINE_S, Answers, Child, RawClient, kill_broker, put_envelope, wait_until
+from tests.edge.bus_support import DEADLINE_S, Answers, Child, RawClient, kill_broker, put_envelope, wait_for
 from tests.edge.conftest import OpenBus
+from tests.support.waiting import TTL_MS
 
 
 def event(text: str) -> Event:
@@ -36,7 +37,7 @@ def test_what_is_said_reaches_the_handler_typed_and_in_order(open_bus: OpenBus, 
     speaker = open_bus("tomato", "speaker")
     for index in range(50):
         speaker.say(token(index), run="r1")
-    wait_until(lambda: len(heard) == 50, "all tokens are heard")
+    wait_for(lambda: len(heard) == 50, "all tokens are heard")
     assert [message.data for message in heard] == [token(index) for index in range(50)]
     first = heard[0]
     assert (first.node, first.source, first.type) == ("tomato", "tomato/speaker", "model.token")
@@ -51,7 +52,7 @@ def test_a_handler_hears_only_the_names_it_asked_for(open_bus: OpenBus) -> None:
     speaker = open_bus("tomato", "speaker")
     for run in ("other", "mine"):
         speaker.say(token(0), run=run)
-    wait_until(lambda: heard, "the token is heard")
+    wait_for(lambda: heard, "the token is heard")
     assert heard == ["mine"]
 
 
@@ -64,11 +65,11 @@ def test_an_ended_hearing_hears_no_more_and_others_go_on(open_bus: OpenBus) -> N
     listener.wait_subscribed(DEADLINE_S)
     speaker = open_bus("tomato", "speaker")
     speaker.say(token(0), run="one")
-    wait_until(lambda: first, "the first is heard")
+    wait_for(lambda: first, "the first is heard")
     stop()
     speaker.say(token(1), run="one")
     speaker.say(token(1), run="two")
-    wait_until(lambda: second, "the second is heard")
+    wait_for(lambda: second, "the second is heard")
     assert len(first) == 1
 
 
@@ -92,7 +93,7 @@ def test_hearings_may_come_and_go_while_messages_do(open_bus: OpenBus) -> None:
             speaker.say(token(index), run="lasting")
         for change in changes:
             change.result(DEADLINE_S)
-    wait_until(lambda: len(heard) == 300, "all are heard")
+    wait_for(lambda: len(heard) == 300, "all are heard")
     assert heard == list(range(300))
     assert listener.connected
 
@@ -111,9 +112,9 @@ def test_a_batch_handler_takes_what_waits_together(open_bus: OpenBus) -> None:
     speaker = open_bus("tomato", "speaker")
     for index in range(60):
         speaker.say(token(index), run="r")
-    wait_until(lambda: listener.queued + sum(map(len, batches)) >= 50, "most of them wait")
+    wait_for(lambda: listener.queued + sum(map(len, batches)) >= 50, "most of them wait")
     gate.set()
-    wait_until(lambda: sum(map(len, batches)) == 60, "all are taken")
+    wait_for(lambda: sum(map(len, batches)) == 60, "all are taken")
     assert [index for batch in batches for index in batch] == list(range(60))
     assert max(map(len, batches)) == 16
 
@@ -140,9 +141,9 @@ def test_qos_1_is_never_dropped_by_a_slow_handler(open_bus: OpenBus) -> None:
     for index in range(5 * bound):
         speaker.say(token(index), run="r")
     assert speaker.flush(DEADLINE_S)
-    wait_until(lambda: listener.queued >= MAX_INFLIGHT - 1, "the queue fills")
+    wait_for(lambda: listener.queued >= MAX_INFLIGHT - 1, "the queue fills")
     gate.set()
-    wait_until(lambda: len(heard) == 5 * bound, "all are heard")
+    wait_for(lambda: len(heard) == 5 * bound, "all are heard")
     assert heard == list(range(5 * bound))
     assert deepest <= bound
     assert not [name for name in listener.counters.snapshot() if name.startswith("dropped")]
@@ -163,9 +164,9 @@ def test_the_broker_sends_no_more_than_the_receive_maximum_before_an_acknowledge
     for index in range(3 * MAX_INFLIGHT):
         speaker.say(token(index), run="r")
     assert speaker.flush(DEADLINE_S)
-    wait_until(lambda: listener._dispatch.ledger.owed == MAX_INFLIGHT, "as many as granted are under way")
+    wait_for(lambda: listener._dispatch.ledger.owed == MAX_INFLIGHT, "as many as granted are under way")
     gate.set()
-    wait_until(lambda: len(heard) == 3 * MAX_INFLIGHT, "then the rest comes")
+    wait_for(lambda: len(heard) == 3 * MAX_INFLIGHT, "then the rest comes")
 
 
 @pytest.mark.parametrize("broker", ["mosquitto"], indirect=True)
@@ -183,10 +184,10 @@ def test_qos_0_above_the_bound_is_dropped_and_counted(make_bus: OpenBus, raw: Ra
     listener.start()
     for _ in range(200):
         raw.mqtt.publish("mindstream/v1/mars/ask/sprout/memory_store/put", put_envelope("x"), qos=0)
-    wait_until(lambda: listener.counters["dropped.queue_full"] >= 100, "what is above the bound is dropped")
+    wait_for(lambda: listener.counters["dropped.queue_full"] >= 100, "what is above the bound is dropped")
     assert listener.queued <= 20
     gate.set()
-    wait_until(lambda: len(heard) + listener.counters["dropped.queue_full"] == 200, "each is handled or counted")
+    wait_for(lambda: len(heard) + listener.counters["dropped.queue_full"] == 200, "each is handled or counted")
 
 
 def test_a_message_above_its_limit_is_refused_and_the_connection_stays(open_bus: OpenBus) -> None:
@@ -229,7 +230,7 @@ def test_a_bus_that_started_before_its_broker_connects_by_itself(broker: Broker,
 def test_a_full_window_without_a_broker_is_an_error_and_counted(broker: Broker, open_bus: OpenBus) -> None:
     speaker = open_bus("tomato", "speaker")
     kill_broker(broker)
-    wait_until(lambda: not speaker.connected, "the loss is noticed")
+    wait_for(lambda: not speaker.connected, "the loss is noticed")
     for index in range(speaker._publisher.limit):
         speaker.say(token(index), run="r", timeout_s=0.05)
     with pytest.raises(Overloaded, match="wait for the broker") as caught:
@@ -250,17 +251,17 @@ def test_a_killed_broker_is_found_again_and_everything_is_subscribed_again(
     listener.start()
     speaker = open_bus("tomato", "speaker")
     speaker.say(event("before"), service="speaker")
-    wait_until(lambda: heard == ["before"], "heard before")
+    wait_for(lambda: heard == ["before"], "heard before")
     kill_broker(broker)
-    wait_until(lambda: not listener.connected and not speaker.connected, "both notice")
+    wait_for(lambda: not listener.connected and not speaker.connected, "both notice")
     broker.start()
-    wait_until(lambda: listener.connected and speaker.connected, "both come back")
+    wait_for(lambda: listener.connected and speaker.connected, "both come back")
     assert listener.connections == 2
     assert listener.counters["reconnected"] == 1
     if broker.kind == "embedded":  # Mosquitto may have kept the session
         assert listener.counters["event.session-lost"] == 1
     speaker.say(event("after"), service="speaker")
-    wait_until(lambda: "after" in heard, "heard after")
+    wait_for(lambda: "after" in heard, "heard after")
 
 
 def test_a_durable_session_hears_what_was_said_while_it_was_away(open_bus: OpenBus, make_bus: OpenBus) -> None:
@@ -278,7 +279,7 @@ def test_a_durable_session_hears_what_was_said_while_it_was_away(open_bus: OpenB
         speaker.say(token(index), run="r")
     assert speaker.flush(DEADLINE_S)
     listener()
-    wait_until(lambda: len(heard) == 300, "all are heard")
+    wait_for(lambda: len(heard) == 300, "all are heard")
     assert heard == list(range(300))
 
 
@@ -323,7 +324,7 @@ def test_the_will_is_seen_when_a_process_is_killed(start_child: Callable[..., Ch
     child = start_child("will")
     child.wait_for("ready")
     child.kill()
-    wait_until(lambda: seen, "the will is heard")
+    wait_for(lambda: seen, "the will is heard")
     assert seen[0].state == "lost"
 
 
@@ -338,7 +339,7 @@ def test_a_bus_that_stops_says_goodbye_and_leaves_no_will(open_bus: OpenBus, mak
     going.stop(goodbye=[(ServiceState(state="disconnected", time_us=0), {"service": "listener"})])
     marker = open_bus("sprout", "marker")
     marker.say(ServiceState(state="ready", time_us=0), service="marker")
-    wait_until(lambda: "ready" in seen, "the marker is heard")
+    wait_for(lambda: "ready" in seen, "the marker is heard")
     assert seen == ["disconnected", "ready"]
 
 
@@ -349,7 +350,7 @@ def test_a_retained_message_reaches_those_who_come_later(open_bus: OpenBus) -> N
     seen: list[ServiceState] = []
     late = open_bus("tomato", "late")
     late.hear(ServiceState, lambda message: seen.append(message.data), node="sprout")
-    wait_until(lambda: seen, "the retained state")
+    wait_for(lambda: seen, "the retained state")
     assert seen[0].state == "ready"
 
 
@@ -359,7 +360,7 @@ def test_a_watcher_sees_raw_bytes_of_everything_under_its_filter(open_bus: OpenB
     watcher.watch("#", lambda topic, payload: seen.append((topic, payload)))
     watcher.wait_subscribed(DEADLINE_S)
     raw.publish("not/of/mindstream", b"\xff\x00")
-    wait_until(lambda: ("not/of/mindstream", b"\xff\x00") in seen, "the foreign message")
+    wait_for(lambda: ("not/of/mindstream", b"\xff\x00") in seen, "the foreign message")
     assert watcher.counters["refused.wrong_topic"] == 0
 
 
@@ -377,7 +378,7 @@ def test_what_handlers_and_answers_say_never_waits_for_itself(open_bus: OpenBus,
     responder.hear(MemoryPut, handler, batch=256)
     responder.start()
     asker = open_bus("tomato", "asker")
-    futures = [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=60_000) for n in range(asks)]
+    futures = [asker.ask_later("sprout", MemoryPut(text=f"{n}"), ttl_ms=TTL_MS) for n in range(asks)]
     for future in futures:
         future.result(DEADLINE_S)
     assert len(answers.texts) == asks
@@ -393,13 +394,13 @@ def test_others_waiting_for_the_window_do_not_hold_answers_up(open_bus: OpenBus,
     responder.hear(MemoryPut, answers)
     responder.start()
     asker = open_bus("tomato", "asker")
-    futures = [asker.ask_later("sprout", MemoryPut(text=f"hold {n}"), ttl_ms=60_000) for n in range(MAX_INFLIGHT + 20)]
+    futures = [asker.ask_later("sprout", MemoryPut(text=f"hold {n}"), ttl_ms=TTL_MS) for n in range(MAX_INFLIGHT + 20)]
     assert answers.held.wait(DEADLINE_S)
-    wait_until(lambda: responder._dispatch.ledger.owed >= MAX_INFLIGHT, "the broker's limit is reached")
+    wait_for(lambda: responder._dispatch.ledger.owed >= MAX_INFLIGHT, "the broker's limit is reached")
     with ThreadPoolExecutor(1) as pool:
         worker = pool.submit(lambda: [responder.say(token(n), run="r") for n in range(bus_module.PUBLISH_WINDOW + 50)])
         if responder.url and not worker.done():
-            wait_until(
+            wait_for(
                 lambda: responder._publisher.in_flight >= responder._publisher.limit or worker.done(),
                 "the window is full",
             )
@@ -418,7 +419,7 @@ def test_events_of_one_name_are_said_once_a_second_with_their_count(open_bus: Op
     speaker = open_bus("tomato", "speaker")
     for number in range(500):
         speaker.events.report("flood", "warning", f"number {number}")
-    wait_until(lambda: sum(each.count for each in seen) == 500, "all are accounted for")
+    wait_for(lambda: sum(each.count for each in seen) == 500, "all are accounted for")
     assert len(seen) <= 4
     assert seen[0].count == 1
     assert speaker.counters["event.flood"] == 500
@@ -431,7 +432,7 @@ def test_an_event_fits_its_topic_whatever_it_quotes(open_bus: OpenBus) -> None:
     listener.wait_subscribed(DEADLINE_S)
     speaker = open_bus("tomato", "speaker")
     speaker.events.report("long", "warning", "ä" * 100_000)
-    wait_until(lambda: seen, "the event")
+    wait_for(lambda: seen, "the event")
     assert speaker.counters["dropped.event"] == 0
 
 
@@ -445,6 +446,6 @@ def test_large_messages_at_the_limit_pass_whole(open_bus: OpenBus) -> None:
 
     entries = [SignedEntry(header=b"h" * 4000, signature=b"s" * 64, salt=b"", content=b"c" * 60_000) for _ in range(15)]
     speaker.say(MemoryEntries(entries=entries))
-    wait_until(lambda: heard, "the message")
+    wait_for(lambda: heard, "the message")
     assert heard[0].entries == entries
     assert topics.MEMORY_LOG.max_bytes > 15 * 64_000

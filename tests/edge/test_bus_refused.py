@@ -32,8 +32,9 @@ from edge.keys import Peers, load_or_create_identity
 from edge.service import Context, Service, hears
 from protocol.errors import ConfigError, NotAuthorized, NotConnected
 from protocol.messages import Event, MemoryPut, RunToken
-from tests.edge.bus_support import DEADLINE_S, Answers, wait_until
+from tests.edge.bus_support import DEADLINE_S, Answers, wait_for
 from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port
+from tests.support.waiting import TTL_MS
 
 OpenBus = Callable[..., Bus]
 
@@ -100,7 +101,7 @@ def test_a_password_that_is_set_right_at_the_broker_heals_the_connection(guarded
         refused(bus)
         guarded.folder.add("sprout", "another long password", replace=True)
         guarded.reload()
-        wait_until(lambda: bus.connected, "it tries again")
+        wait_for(lambda: bus.connected, "it tries again")
         assert bus.refusal == ""
 
 
@@ -142,7 +143,7 @@ def test_two_of_one_name_are_told_so_and_do_not_fight_hot(
     both = [make_bus(mosquitto_broker.port) for _ in range(2)]
     for bus in both:
         bus.start(timeout_s=None)
-    wait_until(lambda: any(bus.counters["event.connection-unstable"] for bus in both), "one of them says so")
+    wait_for(lambda: any(bus.counters["event.connection-unstable"] for bus in both), "one of them says so")
     assert "the broker ends each connection of mindstream-sprout-memory_store" in caplog.text
     assert "does another node have this node's name" in caplog.text
     told = next(bus for bus in both if bus.counters["event.connection-unstable"])
@@ -167,7 +168,7 @@ def test_a_refused_ask_fails_at_once_and_names_its_topic(guarded: Mosquitto, mak
         assert asker.counters["refused.publish"] >= 1
         rightly = make_bus(guarded.port, "tomato", client="right", username="tomato", password=PASSWORD)
         rightly.start()
-        assert rightly.ask("sprout", MemoryPut(text="a"), ttl_ms=20_000).seq == 1
+        assert rightly.ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS).seq == 1
 
 
 def test_a_refused_message_is_an_event_that_names_its_topic(guarded: Mosquitto, make_bus: OpenBus) -> None:
@@ -179,7 +180,7 @@ def test_a_refused_message_is_an_event_that_names_its_topic(guarded: Mosquitto, 
         bus.start()
         bus.say(RunToken(index=0, token=1, text="", logprob=0.0, entropy=0.0), run="r")
         assert bus.flush(DEADLINE_S), "a refusal ends a publish as well"
-        wait_until(lambda: listener.payloads, "the event")
+        wait_for(lambda: listener.payloads, "the event")
         assert b"publish-refused" in listener.payloads[0]
         assert b"mindstream/v1/sprout/model/run/r/token" in listener.payloads[0]
         assert bus.counters["refused.publish"] == 1
@@ -250,7 +251,7 @@ def subscribing(tmp_path: Path) -> Iterator[Subscribing]:
     )
     process = spawn([str(find_mosquitto()), "-c", str(config)])
     try:
-        wait_until(lambda: _accepts(port), "it listens")
+        wait_for(lambda: _accepts(port), "it listens")
         yield Subscribing(port, process)
     finally:
         process.terminate()
@@ -275,14 +276,14 @@ def test_a_refused_subscription_is_named_and_asked_for_again(
     assert "mindstream/v1/+/event/+" in error.message
     assert error.reason == "subscription refused"
     assert bus.counters["event.subscription-refused"] == 1
-    wait_until(lambda: bus.counters["refused.subscription"] >= 3, "it is asked for again")
+    wait_for(lambda: bus.counters["refused.subscription"] >= 3, "it is asked for again")
     assert bus.counters["event.subscription-refused"] == 1, "and said once"
     assert bus.counters["disconnected"] == 0
     subscribing.allow()
-    wait_until(lambda: bus.connected, "it is granted")
+    wait_for(lambda: bus.connected, "it is granted")
     assert bus.refusal == ""
     bus.say(Event("n", "info", "hello"), service="memory_store")
-    wait_until(lambda: heard, "the subscription works")
+    wait_for(lambda: heard, "the subscription works")
 
 
 class Listening(Service):
@@ -317,10 +318,10 @@ def test_a_service_says_that_it_is_degraded_when_it_may_not_subscribe(
             def last() -> dict[str, Any]:
                 return dict(json.loads(watcher.payloads[-1])) if watcher.payloads else {}
 
-            wait_until(lambda: last().get("state") == "degraded", "it says so")
+            wait_for(lambda: last().get("state") == "degraded", "it says so")
             assert "refused a subscription: mindstream/v1/+/event/+" in last()["reason"]
             subscribing.allow()
-            wait_until(lambda: last().get("state") == "ready", "and that it is well")
+            wait_for(lambda: last().get("state") == "ready", "and that it is well")
         finally:
             service.stop()
             life.join(DEADLINE_S)
@@ -366,7 +367,7 @@ def test_tls_with_the_right_ca_works(start_tls: Callable[..., int], make_bus: Op
     assert bus.protocol == protocol
     asker = make_bus(bus._connection._port, scheme="mqtts", client="asker", **options)
     asker.start()
-    assert asker.ask("sprout", MemoryPut(text="a"), ttl_ms=20_000).seq == 1
+    assert asker.ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS).seq == 1
 
 
 @pytest.mark.parametrize("protocol", ["auto", "5", "3.1.1"])
@@ -483,4 +484,4 @@ def test_a_broker_that_closes_over_version_5_is_spoken_to_in_3_1_1_once_that_is_
     assert bus.connections == 1
     asker = make_bus(port, client="asker")
     asker.start(timeout_s=DEADLINE_S)
-    assert asker.ask("sprout", MemoryPut(text="a"), ttl_ms=20_000).seq == 1
+    assert asker.ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS).seq == 1

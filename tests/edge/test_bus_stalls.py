@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from protocol.messages import Event, MemoryPut
-from tests.edge.bus_support import DEADLINE_S, Answers, wait_until
+from tests.edge.bus_support import DEADLINE_S, Answers, wait_for
 from tests.edge.conftest import OpenBus
+from tests.support.waiting import TTL_MS
 
 pytestmark = pytest.mark.parametrize("broker", ["embedded"], indirect=True)
 
@@ -26,8 +27,8 @@ def test_a_bus_that_idles_or_works_does_not_stall(make_bus: OpenBus, open_bus: O
     for _ in range(500):
         speaker.say(Event("n", "info", "t"), service="speaker")
         assert listener.stalled_s() < 1.0
-    wait_until(lambda: len(heard) == 500, "all are heard")
-    wait_until(lambda: listener.stalled_s() == 0.0, "it idles again")
+    wait_for(lambda: len(heard) == 500, "all are heard")
+    wait_for(lambda: listener.stalled_s() == 0.0, "it idles again")
     listener.stop()
     assert listener.stalled_s() == 0.0, "what was stopped does not stall"
 
@@ -38,9 +39,9 @@ def test_a_handler_that_stays_at_one_message_is_told_by_how_long(make_bus: OpenB
     listener.hear(Event, lambda message: gate.wait(DEADLINE_S) and None)
     listener.start()
     open_bus("tomato", "speaker").say(Event("n", "info", "t"), service="speaker")
-    wait_until(lambda: listener.stalled_s() > 0.3, "the stall grows")
+    wait_for(lambda: listener.stalled_s() > 0.3, "the stall grows")
     gate.set()
-    wait_until(lambda: listener.stalled_s() == 0.0, "it goes on")
+    wait_for(lambda: listener.stalled_s() == 0.0, "it goes on")
 
 
 def test_a_network_thread_that_is_held_is_told(make_bus: OpenBus, open_bus: OpenBus) -> None:
@@ -56,11 +57,11 @@ def test_a_network_thread_that_is_held_is_told(make_bus: OpenBus, open_bus: Open
         gate.wait(DEADLINE_S)
 
     # The answer is taken on the network thread, and with it what waits for it.
-    asker.ask_later("sprout", MemoryPut(text="a"), ttl_ms=20_000).add_done_callback(hold)
+    asker.ask_later("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS).add_done_callback(hold)
     assert held.wait(DEADLINE_S)
-    wait_until(lambda: asker.stalled_s() > 1.0, "the stall is seen")
+    wait_for(lambda: asker.stalled_s() > 1.0, "the stall is seen")
     gate.set()
-    wait_until(lambda: asker.stalled_s() == 0.0, "it turns again")
+    wait_for(lambda: asker.stalled_s() == 0.0, "it turns again")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -73,4 +74,4 @@ def test_a_dead_handler_thread_is_a_stall_without_end(make_bus: OpenBus, open_bu
     listener.hear(Event, die)
     listener.start()
     open_bus("tomato", "speaker").say(Event("n", "info", "t"), service="speaker")
-    wait_until(lambda: listener.stalled_s() == math.inf, "the end of the thread is seen")
+    wait_for(lambda: listener.stalled_s() == math.inf, "the end of the thread is seen")

@@ -25,6 +25,7 @@ from protocol.errors import AskExpired, ConfigError, ConversationUnknown, Mindst
 from protocol.identity import Identity
 from protocol.messages import RunToken
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.waiting import DEADLINE_S
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
 MODEL_READY_S = 150.0
@@ -126,7 +127,7 @@ def test_watch_makes_messages_readable(node: Node) -> None:
         assert line["message"]["data"]["text"] == "seen by watch"
     finally:
         watching.send_signal(signal.SIGINT)
-        watching.wait(20)
+        watching.wait(DEADLINE_S)
         watching.stdout.close()
     assert watching.returncode == 0
 
@@ -247,7 +248,7 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
     with (lonely.parent / "log").open("wb") as log:
         up = subprocess.Popen([*PROGRAM, "--config", str(lonely), "up"], cwd=CHECKOUT, stdout=log, stderr=log)
     try:
-        wait_for(lambda: "sprout is ready" in (lonely.parent / "log").read_text(), "not ready", 40)
+        wait_for(lambda: "sprout is ready" in (lonely.parent / "log").read_text(), "not ready")
         # The supervisor's services are ready; presence says so of the node a moment later.
         wait_for(
             lambda: (
@@ -257,7 +258,7 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
             20,
         )
         up.send_signal(signal.SIGINT)
-        assert up.wait(30) == 0
+        assert up.wait(DEADLINE_S) == 0
     finally:
         up.kill()
         up.wait()
@@ -328,18 +329,18 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
         assert len(json.loads(done.stdout)["tokens"]) <= 8
 
         watcher.bus.hear(RunToken, lambda message: tokens.append(message.data.text))
-        watcher.bus.wait_subscribed(10)
+        watcher.bus.wait_subscribed(DEADLINE_S)
         with _Terminal([*PROGRAM, "--config", str(node.config), "chat", "--max-new-tokens", "4000"]) as chat:
             chat.expect("> ")
             chat.type("Count from one to ten thousand, in words.\n")
-            wait_for(lambda: tokens, "it says nothing", 60)
+            wait_for(lambda: tokens, "it says nothing")
             chat.type("\x03")
             chat.expect("[stopped]", 60)
             chat.expect("> ")
             chat.type("\x03")  # at the prompt it ends nothing
             chat.expect("> ")
             chat.type("\x04")
-            assert chat.process.wait(30) == 0
+            assert chat.process.wait(DEADLINE_S) == 0
         assert node.stop() == 0
     finally:
         watcher.bus.stop()

@@ -13,7 +13,7 @@ from broker.child import spawn
 from broker.mosquitto import INSTALL_HINT, find_mosquitto
 from edge.bus import Bus
 from tests.edge.test_cli import mindstream
-from tests.support.mosquittos import ME, free_port, wait_until
+from tests.support.mosquittos import ME, free_port, wait_for
 
 
 def typed(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def test_from_certificate_to_a_connected_bus(tmp_path: Path) -> None:
             url, ca_file = f"mqtts://127.0.0.1:{port}", str(pem / "ca.pem")
             bus = Bus(url=url, node=name, client="test", username=name, password=word, ca_file=ca_file)
             bus.start(None)
-            wait_until(lambda bus=bus: bus.connected, f"{name} is connected")
+            wait_for(lambda bus=bus: bus.connected, f"{name} is connected")
             bus.stop()
     finally:
         broker.terminate()

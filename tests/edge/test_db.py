@@ -31,6 +31,7 @@ from edge.db import (
     open_database,
 )
 from protocol.errors import StorageError
+from tests.support.waiting import DEADLINE_S
 
 NOTES = Schema("notes", 0x4D537431, ("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT)",))
 
@@ -95,7 +96,7 @@ def test_a_reader_sees_one_state_while_a_writer_commits(db: Database) -> None:
         before = fetch_value(connection, "SELECT count(*) FROM notes")
         writer = threading.Thread(target=add, args=(db, "two"))
         writer.start()
-        writer.join(10)
+        writer.join(DEADLINE_S)
         assert not writer.is_alive()
         assert fetch_value(connection, "SELECT count(*) FROM notes") == before
     assert len(texts(db)) == 2

@@ -20,6 +20,7 @@ from protocol.messages import MESSAGES
 from protocol.topics import MAX_PACKET_BYTES
 from tests.golden import make, values
 from tests.support.nodes import CHECKOUT
+from tests.support.waiting import DEADLINE_S
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()", "decode"]
 ALL = values.all_golden()
@@ -196,7 +197,7 @@ def test_each_payload_is_printed_as_it_comes() -> None:
             program.stdin.flush()
             assert json.loads(program.stdout.readline())["message"]["type"] == "memory.put"
         program.stdin.close()
-        assert program.wait(10) == 0
+        assert program.wait(DEADLINE_S) == 0
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
@@ -209,7 +210,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
         program.stdout.close()
         program.stdin.write(PUT.payload * 10)
         program.stdin.close()
-        assert program.wait(10) == 0
+        assert program.wait(DEADLINE_S) == 0
         assert program.stderr.read() == b""
 
 

@@ -17,8 +17,9 @@ from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
 from protocol.errors import BusError, NotFound
 from protocol.messages import Event, MemoryPut, MemoryStored, NodeState, RunToken
-from tests.edge.bus_support import DEADLINE_S, Child, stored, wait_until
+from tests.edge.bus_support import DEADLINE_S, Child, stored, wait_for
 from tests.edge.conftest import OpenBus
+from tests.support.waiting import TTL_MS
 
 
 def token(index: int) -> RunToken:
@@ -62,7 +63,7 @@ def test_acknowledgements_leave_in_order_of_arrival_whatever_finishes_first(
     speaker = open_bus("tomato", "speaker")
     for index in range(6):
         speaker.say(token(index), run="r")
-    wait_until(lambda: len(held) == 6, "all are under way")
+    wait_for(lambda: len(held) == 6, "all are under way")
     for index in (5, 3, 1, 2):
         held[index].set_result(None)
     assert acks == [], "the oldest is not done"
@@ -96,14 +97,14 @@ def test_what_fails_three_times_is_a_dead_letter_with_an_event_and_acknowledged(
     speaker = open_bus("tomato", "speaker")
     for index in range(3):
         speaker.say(token(index), run="r")
-    wait_until(lambda: 2 in tried, "the next message is handled")
-    wait_until(lambda: listener._dispatch.ledger.owed == 0, "all are acknowledged")
+    wait_for(lambda: 2 in tried, "the next message is handled")
+    wait_for(lambda: listener._dispatch.ledger.owed == 0, "all are acknowledged")
     assert tried == [0, 1, 1, 1, 2]
     letters = journal.dead_letters()
     assert [(letter.topic, letter.error, letter.attempts) for letter in letters] == [
         ("mindstream/v1/tomato/model/run/r/token", "cannot", 3)
     ]
-    wait_until(lambda: events, "an event says so")
+    wait_for(lambda: events, "an event says so")
     assert events[0].name == "dead-letter"
     assert events[0].error is not None
     assert events[0].error.type == "model.token"
@@ -128,10 +129,10 @@ def test_one_bad_message_of_a_batch_does_not_take_the_others_with_it(make_bus: O
     speaker = open_bus("tomato", "speaker")
     for index in range(10):
         speaker.say(token(index), run="r")
-    wait_until(lambda: listener.queued == 10, "they wait together")
+    wait_for(lambda: listener.queued == 10, "they wait together")
     gate.set()
-    wait_until(lambda: listener.counters["dead_letters"] == 1, "the bad one is put aside")
-    wait_until(lambda: len(taken) == 9, "the others are taken")
+    wait_for(lambda: listener.counters["dead_letters"] == 1, "the bad one is put aside")
+    wait_for(lambda: len(taken) == 9, "the others are taken")
     assert sorted(taken) == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
 
@@ -154,13 +155,13 @@ def test_a_batch_comes_together_past_messages_of_other_hearings(make_bus: OpenBu
     listener.start()
     speaker = open_bus("tomato", "speaker")
     speaker.say(token(0), run="single")
-    wait_until(lambda: listener.queued == 1, "the handler thread is held")
+    wait_for(lambda: listener.queued == 1, "the handler thread is held")
     for index in range(1, 21):
         speaker.say(token(index), run="batch" if index % 2 else "single")
-    wait_until(lambda: listener.queued == 21, "they wait together")
+    wait_for(lambda: listener.queued == 21, "they wait together")
     gate.set()
-    wait_until(lambda: len(others) == 11, "the others are heard, in order")
-    wait_until(lambda: listener.queued == 0, "all are handled")
+    wait_for(lambda: len(others) == 11, "the others are heard, in order")
+    wait_for(lambda: listener.queued == 0, "all are handled")
     assert batches == [list(range(1, 21, 2))]
     assert others == list(range(0, 21, 2))
 
@@ -179,13 +180,13 @@ def test_clients_that_ask_in_turn_share_commits_and_one_alone_does_not_wait(
     responder.hear(MemoryPut, slow_commit, batch=256)
     responder.start()
     askers = [open_bus("tomato", f"asker{number}") for number in range(4)]
-    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=10_000)
-    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=10_000)
+    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=TTL_MS)
+    askers[0].ask("sprout", MemoryPut(text="alone"), ttl_ms=TTL_MS)
     assert sizes == [1, 1]
 
     def ask_in_turn(bus: Bus) -> None:
         for _ in range(10):
-            bus.ask("sprout", MemoryPut(text="together"), ttl_ms=10_000)
+            bus.ask("sprout", MemoryPut(text="together"), ttl_ms=TTL_MS)
 
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(ask_in_turn, bus) for bus in askers]:
@@ -205,8 +206,8 @@ def test_a_refusal_is_counted_said_and_acknowledged_at_once(make_bus: OpenBus, o
     listener.hear(RunToken, refuse, run="r")
     listener.start()
     open_bus("tomato", "speaker").say(token(0), run="r")
-    wait_until(lambda: listener.counters["refused.not_found"] == 1, "it is refused")
-    wait_until(lambda: listener._dispatch.ledger.owed == 0, "it is acknowledged")
+    wait_for(lambda: listener.counters["refused.not_found"] == 1, "it is refused")
+    wait_for(lambda: listener._dispatch.ledger.owed == 0, "it is acknowledged")
     assert tried == [0]
     assert listener.counters["event.refused-message"] == 1
 
@@ -222,7 +223,7 @@ def test_a_watcher_that_fails_does_not_stop_the_handler(make_bus: OpenBus, open_
     listener.hear(RunToken, lambda message: heard.append(message.data.index), run="r")
     listener.start()
     open_bus("tomato", "speaker").say(token(7), run="r")
-    wait_until(lambda: 7 in heard, "the handler hears it")
+    wait_for(lambda: 7 in heard, "the handler hears it")
     assert listener.counters["failed.watcher"] >= 1
 
 
@@ -237,11 +238,11 @@ def test_a_handler_that_fails_on_an_ask_answers_and_goes_on(make_bus: OpenBus, o
     responder.hear(MemoryPut, fail_once)
     responder.start()
     asker = open_bus("tomato", "asker")
-    bad = asker.ask_later("sprout", MemoryPut(text="bad"), ttl_ms=10_000)
+    bad = asker.ask_later("sprout", MemoryPut(text="bad"), ttl_ms=TTL_MS)
     error = bad.exception(DEADLINE_S)
     assert "carrying out memory.put: unexpected KeyError" in str(error)
     assert "the log of sprout/memory_store" in str(error)
-    assert isinstance(asker.ask("sprout", MemoryPut(text="good"), ttl_ms=10_000), MemoryStored)
+    assert isinstance(asker.ask("sprout", MemoryPut(text="good"), ttl_ms=TTL_MS), MemoryStored)
     assert responder.counters["failed.handler"] == 1
 
 
@@ -267,7 +268,7 @@ def test_a_message_that_kills_its_process_each_time_is_given_up_and_the_next_is_
         speaker.say(Event(name="e", severity="info", text=text), service="speaker")
     lives = 1
     while "heard after it" not in child.lines:
-        wait_until(lambda child=child: "heard after it" in child.lines or child.ended, "it neither heard nor died")
+        wait_for(lambda child=child: "heard after it" in child.lines or child.ended, "it neither heard nor died")
         if child.ended:
             lives += 1
             assert lives < 8, "it is given up after some times"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import pytest
 from edge.download import check_url, download, part_path, request_for
 from protocol.errors import DownloadError, StorageError
 from tests.edge.file_server import Answer, FileServer, file_server, self_signed
+from tests.support.waiting import DEADLINE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = random.Random(1).randbytes(1_000_000)
 DIGEST = hashlib.sha256(BODY).hexdigest()
-DEADLINE_S = 20.0
 
 
 @pytest.fixture
@@ -58,13 +58,6 @@ def refused(server: FileServer, target: Path, path: str = "/model.bin", **option
         download(server.url(path), target, **(usual | options))
     assert not target.exists()
     return caught.value
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.005)
 
 
 def test_a_file_comes_whole_and_nothing_else_is_left(server: FileServer, target: Path) -> None:
@@ -451,9 +444,9 @@ def test_a_killed_download_is_gone_on_with_by_the_next(
     command = [sys.executable, "-c", program, server.url("/model.bin"), str(target), DIGEST]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: part_path(target).exists() and part_path(target).stat().st_size == 600_000, "the first part")
+        wait_for(lambda: part_path(target).exists() and part_path(target).stat().st_size == 600_000, "the first part")
         child.send_signal(number)
-        assert child.wait(20) != 0
+        assert child.wait(DEADLINE_S) != 0
     finally:
         child.kill()
         child.wait()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 
 from edge.inbox import AckLedger, Inbox
-from tests.edge.bus_support import wait_until
+from tests.edge.bus_support import wait_for
+from tests.support.waiting import DEADLINE_S
 
 
 def test_tickets_are_acknowledged_from_the_oldest_on() -> None:
@@ -91,7 +92,7 @@ def test_nobody_sleeps_through_a_change() -> None:
     taker.start()
     for number in range(20_000):
         assert inbox.offer(number, wait=True)
-    taker.join(30)
+    taker.join(DEADLINE_S)
     assert taken == list(range(20_000))
 
 
@@ -109,8 +110,8 @@ def test_closing_wakes_both_sides() -> None:
     empty.close()
     full.close()
     for thread in threads:
-        thread.join(10)
-    wait_until(lambda: len(results) == 2, "both have returned")
+        thread.join(DEADLINE_S)
+    wait_for(lambda: len(results) == 2, "both have returned")
     assert sorted(map(str, results)) == ["False", "[]"]
     assert empty.closed
     assert not full.closed, "what waits can still be taken"

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,16 +16,9 @@ import pytest
 from edge import models
 from edge.models import DEFAULT_MODEL, default_cache_folder, ensure, find, known_models
 from protocol.errors import ModelUnavailable, StorageError
+from tests.support.waiting import wait_for
 
-DEADLINE_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.01)
 
 
 def model_folder(path: Path) -> Path:
@@ -215,11 +207,11 @@ def test_two_processes_convert_once_and_a_killed_one_leaves_no_model(smollm2_ggu
     first = start()
     assert first.stdout is not None
     assert "converting" in first.stdout.readline()
-    wait_until(lambda: bool(psutil.Process(first.pid).children()), "the conversion runs")
+    wait_for(lambda: bool(psutil.Process(first.pid).children()), "the conversion runs")
     worker = psutil.Process(first.pid).children()[0]
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    wait_until(lambda: not worker.is_running(), "the conversion ends with its parent")
+    wait_for(lambda: not worker.is_running(), "the conversion ends with its parent")
     assert find(DEFAULT_MODEL, cache_dir=cache, folders=[]) is None or not _converted(cache)
 
     outputs = [process.communicate(timeout=240)[0] for process in [start(), start()]]

@@ -19,6 +19,7 @@ import pytest
 from edge.models import Hold, find
 from tests.edge.file_server import Answer, FileServer, file_server
 from tests.support.nodes import CHECKOUT, wait_for
+from tests.support.waiting import DEADLINE_S
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()", "models"]
 BODY = random.Random(3).randbytes(2_000_000)
@@ -161,7 +162,7 @@ def test_at_a_terminal_the_terms_are_asked_for(cache: Path) -> None:
     while b"[y/N]" not in shown:
         shown += os.read(controller, 4096)
     os.write(controller, b"n\n")
-    assert child.wait(20) == 1
+    assert child.wait(DEADLINE_S) == 1
     os.close(controller)
     assert b"Gemma Terms of Use" in shown
 
@@ -182,7 +183,7 @@ def test_a_bar_is_drawn_on_a_terminal(server: FileServer, cache: Path) -> None:
     while b"1.0/2.0 MB" not in shown:
         shown += os.read(controller, 4096)
     server.release.set()
-    assert child.wait(20) == 0
+    assert child.wait(DEADLINE_S) == 0
     os.close(controller)
 
 

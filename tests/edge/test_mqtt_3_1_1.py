@@ -15,11 +15,12 @@ from edge.config import load_config
 from protocol.errors import AskExpired, ConfigError, NotConnected
 from protocol.ids import uuid7
 from protocol.messages import Event, MemoryPut, MemoryStored, ModelGenerate, NodeState, RunToken, ServiceState
-from tests.edge.bus_support import DEADLINE_S, Answers, Child, kill_broker, wait_until
+from tests.edge.bus_support import DEADLINE_S, Answers, Child, kill_broker
 from tests.edge.conftest import OpenBus
 from tests.edge.test_blobs import Fetcher, Held, Holder, make_snapshot
 from tests.support.nats import NatsBroker, find_nats_server
 from tests.support.nodes import MEMORY_SERVICES, Watcher, two_nodes, wait_for
+from tests.support.waiting import TTL_MS
 
 NATS_ONLY = pytest.mark.parametrize("broker", ["nats"], indirect=True)
 
@@ -76,7 +77,7 @@ def test_auto_falls_back_counts_it_and_says_so(broker: Broker, make_bus: OpenBus
     service.start()
     assert service.protocol == "3.1.1"
     assert service.counters["fallback.mqtt_3_1_1"] == 1
-    wait_until(lambda: said, "the event")
+    wait_for(lambda: said, "the event")
     assert said[0].name == "protocol-fallback"
     assert "3.1.1" in said[0].text
     assert listener.counters["event.protocol-fallback"] == 0, "a passing client says nothing"
@@ -125,11 +126,11 @@ def test_an_upgraded_broker_is_spoken_to_in_version_5(
     bus.start()
     assert bus.protocol == "3.1.1"
     kill_broker(broker)
-    wait_until(lambda: not bus.connected, "the loss is noticed")
+    wait_for(lambda: not bus.connected, "the loss is noticed")
     upgraded = MosquittoBroker(broker.port, data_folder=tmp_path / "mosquitto")
     closing.callback(upgraded.stop)
     upgraded.start()
-    wait_until(lambda: bus.connected, "it connects again")
+    wait_for(lambda: bus.connected, "it connects again")
     assert bus.protocol == "5"
     assert bus.counters["event.protocol-restored"] == 1
 
@@ -139,9 +140,9 @@ def test_a_broker_without_5_that_comes_back_is_found_again(broker: Broker, make_
     bus = make_bus("sprout", "listener", durable_session=True)
     bus.start()
     kill_broker(broker)
-    wait_until(lambda: not bus.connected, "the loss is noticed")
+    wait_for(lambda: not bus.connected, "the loss is noticed")
     broker.start()
-    wait_until(lambda: bus.connected, "it connects again")
+    wait_for(lambda: bus.connected, "it connects again")
     assert bus.protocol == "3.1.1"
     assert bus.counters["fallback.mqtt_3_1_1"] == 1, "said once"
     assert bus.counters["sessions_lost"] == 1, "a session of 3.1.1 keeps nothing, and that is said"
@@ -167,7 +168,7 @@ def test_messages_come_whole_in_order_and_once(make_bus: OpenBus, open_bus: Open
     speaker.say(event("ä" * 7_000), service="speaker")
     assert speaker.flush(DEADLINE_S)
     # NATS keeps the order within a subscription, not between two.
-    wait_until(lambda: texts and len(heard) >= 2_000, "all are heard")
+    wait_for(lambda: texts and len(heard) >= 2_000, "all are heard")
     assert heard == list(range(2_000))
     assert texts == ["ä" * 7_000]
     assert not [name for name in listener.counters.snapshot() if name.startswith(("dropped", "failed", "refused"))]
@@ -180,9 +181,9 @@ def test_asks_are_answered(make_bus: OpenBus, open_bus: OpenBus) -> None:
     responder.start()
     asker = open_bus("tomato", "asker")
     ids = [uuid7() for _ in range(200)]
-    futures = [asker.ask_later("sprout", MemoryPut(text=each), ttl_ms=30_000, id=each) for each in ids]
+    futures = [asker.ask_later("sprout", MemoryPut(text=each), ttl_ms=TTL_MS, id=each) for each in ids]
     assert [future.result(DEADLINE_S).id for future in futures] == ids
-    assert isinstance(asker.ask("sprout", MemoryPut(text="a"), ttl_ms=10_000), MemoryStored)
+    assert isinstance(asker.ask("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS), MemoryStored)
 
 
 @NATS_ONLY
@@ -200,7 +201,7 @@ def test_an_ask_to_one_who_is_away_does_not_wait_at_the_broker(make_bus: OpenBus
     asker = open_bus("tomato", "asker")
     with pytest.raises(AskExpired):
         asker.ask("sprout", MemoryPut(text="too old"), ttl_ms=300)
-    living = asker.ask_later("sprout", MemoryPut(text="alive"), ttl_ms=30_000)
+    living = asker.ask_later("sprout", MemoryPut(text="alive"), ttl_ms=TTL_MS)
     assert asker.flush(DEADLINE_S)
     responder()
     assert living.result(DEADLINE_S).seq == 1
@@ -213,7 +214,7 @@ def test_a_retained_state_reaches_those_who_come_later(open_bus: OpenBus) -> Non
     assert speaker.flush(DEADLINE_S)
     seen: list[ServiceState] = []
     open_bus("tomato", "late").hear(ServiceState, lambda message: seen.append(message.data), node="sprout")
-    wait_until(lambda: seen, "the retained state")
+    wait_for(lambda: seen, "the retained state")
     assert seen[0].state == "ready"
 
 
@@ -225,7 +226,7 @@ def test_the_will_is_seen_when_a_process_is_killed(start_child: Callable[..., Ch
     child = start_child("will")
     child.wait_for("ready")
     child.kill()
-    wait_until(lambda: seen, "the will is heard")
+    wait_for(lambda: seen, "the will is heard")
     assert seen[0].state == "lost"
 
 
@@ -240,7 +241,7 @@ def test_a_goodbye_leaves_no_will(open_bus: OpenBus, make_bus: OpenBus) -> None:
     going.stop(goodbye=[(NodeState(state="disconnected", time_us=0), {})])
     marker = open_bus("sprout", "marker")
     marker.say(NodeState(state="ready", time_us=0))
-    wait_until(lambda: "ready" in seen, "the marker is heard")
+    wait_for(lambda: "ready" in seen, "the marker is heard")
     assert seen == ["disconnected", "ready"]
 
 
@@ -252,7 +253,7 @@ def test_a_durable_command_outlives_the_process_that_had_it(
     child.wait_for("ready")
     asker = open_bus("tomato", "asker")
     command = ModelGenerate(conversation="c1")
-    answer = asker.ask_later("sprout", command, ttl_ms=60_000)
+    answer = asker.ask_later("sprout", command, ttl_ms=TTL_MS)
     child.wait_for("generate c1")
     child.kill()
     again = start_child("durable", tmp_path)
@@ -283,7 +284,7 @@ def test_two_nodes_replicate_and_what_one_missed_is_repaired(broker: Broker, tmp
 
             def put(count: int, prefix: str) -> set[str]:
                 asked = [
-                    watcher.bus.ask_later("tomato", MemoryPut(f"{prefix} {n}"), ttl_ms=20_000) for n in range(count)
+                    watcher.bus.ask_later("tomato", MemoryPut(f"{prefix} {n}"), ttl_ms=TTL_MS) for n in range(count)
                 ]
                 return {future.result(DEADLINE_S).id for future in asked}
 
@@ -292,7 +293,7 @@ def test_two_nodes_replicate_and_what_one_missed_is_repaired(broker: Broker, tmp
             sprout.stop()
             acknowledged |= put(100, "apart")
             sprout.start()
-            wait_for(lambda: {i for i, _ in sprout.memories()} == acknowledged, "sprout has what it missed", 40)
+            wait_for(lambda: {i for i, _ in sprout.memories()} == acknowledged, "sprout has what it missed")
             assert len(sprout.memories()) == 300
             assert watcher.services["sprout", "memory_store"].details["mqtt"] == "3.1.1"
         finally:

@@ -13,6 +13,7 @@ import pytest
 from edge.process import MAX_LINE_BYTES, RotatingLog, free_bytes, start_child
 from protocol.errors import MindstreamError
 from tests.support.nodes import CHECKOUT, wait_for
+from tests.support.waiting import DEADLINE_S
 
 
 def python(code: str) -> list[str]:
@@ -26,7 +27,7 @@ def test_every_line_of_both_streams_is_passed_on_and_the_last_one_kept() -> None
         name="speaker",
         on_line=lines.append,
     )
-    assert child.wait(20) == 0
+    assert child.wait(DEADLINE_S) == 0
     child.drain()
     assert lines == [b"one", b"two", b""]
     assert child.last_line == "two"
@@ -35,7 +36,7 @@ def test_every_line_of_both_streams_is_passed_on_and_the_last_one_kept() -> None
 def test_a_line_without_an_end_is_passed_on_in_pieces() -> None:
     pieces: list[bytes] = []
     child = start_child(python(f"print('x' * {3 * MAX_LINE_BYTES})"), on_line=pieces.append)
-    assert child.wait(20) == 0
+    assert child.wait(DEADLINE_S) == 0
     child.drain()
     assert max(map(len, pieces)) <= MAX_LINE_BYTES
     assert b"".join(pieces) == b"x" * 3 * MAX_LINE_BYTES
@@ -63,7 +64,7 @@ def test_a_child_that_does_not_end_is_killed_at_the_deadline() -> None:
 def test_a_program_that_is_not_there_says_so_in_its_last_line() -> None:
     # The shim that ties a child to its parent starts, and the program does not.
     child = start_child(["/nowhere/program"], on_line=lambda _line: None)
-    assert child.wait(20) != 0
+    assert child.wait(DEADLINE_S) != 0
     child.drain()
     assert "/nowhere/program" in child.last_line
 
@@ -79,7 +80,7 @@ def test_children_die_with_a_parent_that_is_killed() -> None:
     pid = int(parent.stdout.readline())
     assert psutil.pid_exists(pid)
     parent.kill()
-    parent.wait(20)
+    parent.wait(DEADLINE_S)
     parent.stdout.close()
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "an orphan")
 

@@ -30,6 +30,7 @@ from edge.status import Status, StatusWatch
 from protocol.messages import NodeState, ServiceState
 from tests.edge.test_cli import PROGRAM, mindstream
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.waiting import DEADLINE_S
 
 Say = Callable[..., None]
 
@@ -163,7 +164,7 @@ def test_presence_says_who_is_alive_whatever_the_clocks_say(
     say("tomato", "presence")
     with Bus(url=embedded_broker.url, node="tomato", client="presence") as presence:
         presence.hear(PresenceHeardAsk, heard)
-        presence.wait_subscribed(10)
+        presence.wait_subscribed(DEADLINE_S)
         found = look(config)
     assert found.judged_by == "presence"
     sprout = found.nodes["sprout"]

@@ -29,7 +29,7 @@ from tests.edge.bus_support import (
     RawClient,
     envelope,
     put_envelope,
-    wait_until,
+    wait_for,
 )
 
 MARS_PUT = PUT_TOPIC.format(node="mars")
@@ -159,7 +159,7 @@ def test_what_is_no_ask_at_all_is_counted_and_survived(
 ) -> None:
     before = sum(count for key, count in service.counters.snapshot().items() if key.startswith("refused."))
     raw.put(payload)
-    wait_until(
+    wait_for(
         lambda: (
             sum(count for key, count in service.counters.snapshot().items() if key.startswith("refused.")) == before + 1
         ),
@@ -193,7 +193,7 @@ def test_a_hostile_name_in_a_topic_is_refused_and_counted(
     service: Bus, answers: Answers, raw: RawClient, level: str
 ) -> None:
     raw.publish(f"mindstream/v1/{level}/ask/sprout/memory_store/put", put_envelope("x"))
-    wait_until(lambda: service.counters["refused.wrong_topic"] == 1, "it is refused")
+    wait_for(lambda: service.counters["refused.wrong_topic"] == 1, "it is refused")
     assert answers.texts == []
     assert_it_still_answers(raw)
 
@@ -202,7 +202,7 @@ def test_an_answer_cannot_be_led_to_another_topic(service: Bus, raw: RawClient) 
     """``reply_to`` is a name, checked as such: an answer to anything else is not sent, and counted."""
     for reply_to in ("a/b", "#", "+", "../x", "", "Ä"):
         raw.put(put_envelope("x", reply_to=reply_to))
-    wait_until(lambda: service.counters["dropped.reply"] == 6, "each is counted")
+    wait_for(lambda: service.counters["dropped.reply"] == 6, "each is counted")
     assert_it_still_answers(raw)
     assert len(raw.answers()) == 1
 
@@ -218,7 +218,7 @@ def test_a_message_above_its_types_limit_is_refused(service: Bus, raw: RawClient
 def test_bad_messages_that_are_no_asks_are_counted_and_not_answered(service: Bus, raw: RawClient) -> None:
     raw.publish("mindstream/v1/mars/event/raw", envelope("event", {"name": "NO", "severity": "info", "text": ""}))
     raw.publish("mindstream/v1/mars/snapshot/announce", b"\xff\xff")
-    wait_until(lambda: service.counters["refused.malformed"] == 2, "both are counted")
+    wait_for(lambda: service.counters["refused.malformed"] == 2, "both are counted")
     assert_it_still_answers(raw)
     assert len(raw.answers()) == 1
 
@@ -228,8 +228,8 @@ def test_answers_nobody_asked_for_are_counted(service: Bus, raw: RawClient) -> N
     raw.publish(topic, envelope("memory.merged", {}, correlation=uuid7()))
     raw.publish(topic, envelope("memory.merged", {}, correlation=""))
     raw.publish(topic, b"\x00" * 1000)
-    wait_until(lambda: service.counters["late_replies"] == 2, "two are late")
-    wait_until(lambda: service.counters["refused.malformed"] == 1, "one is malformed")
+    wait_for(lambda: service.counters["late_replies"] == 2, "two are late")
+    wait_for(lambda: service.counters["refused.malformed"] == 1, "one is malformed")
     assert_it_still_answers(raw)
 
 
@@ -293,7 +293,7 @@ def test_memory_stays_within_its_limit_whatever_comes(child: Child, raw: RawClie
     for _ in range(80):
         for payload in hostile:
             raw.mqtt.publish(MARS_PUT, payload, qos=1)
-        wait_until(lambda: len(raw.mqtt._out_messages) < 40, "the broker takes it")
+        wait_for(lambda: len(raw.mqtt._out_messages) < 40, "the broker takes it")
         peak = max(peak, process.memory_info().rss)
         raw.messages.clear()
     assert_it_still_answers(raw)
@@ -315,7 +315,7 @@ def test_many_ids_and_names_leave_it_as_it_was(child: Child, raw: RawClient) -> 
                 number += 1
                 raw.mqtt.publish(f"mindstream/v1/n{number}/event/s{number}", b"\x80", qos=1)
                 raw.mqtt.publish(MARS_PUT, put_envelope("x"), qos=1)
-            wait_until(lambda: len(raw.messages) == 500, "each ask is answered")
+            wait_for(lambda: len(raw.messages) == 500, "each ask is answered")
 
     flood(22_000)  # fills the reply cache, and the topics' caches
     before = process.memory_info().rss
@@ -339,7 +339,7 @@ def test_a_packet_above_the_brokers_limit_cuts_off_its_sender_alone(
     foreign.mqtt.connect(broker.host, broker.port)
     foreign.mqtt.loop_start()
     foreign.mqtt.publish(MARS_PUT, bytes(100 * 1024 * 1024), qos=1)
-    wait_until(lambda: dropped, "its sender is cut off")
+    wait_for(lambda: dropped, "its sender is cut off")
     foreign.mqtt.loop_stop()
     assert_it_still_answers(raw)
     assert service.connections == 1

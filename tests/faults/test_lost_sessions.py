@@ -12,6 +12,7 @@ import pytest
 from broker.mosquitto import INSTALL_HINT, MosquittoBroker, find_mosquitto
 from protocol.messages import MemoryPut, ServiceState
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, kill_broker, two_nodes, wait_for
+from tests.support.waiting import TTL_MS
 
 QUEUE = 10
 
@@ -37,14 +38,14 @@ class SmallQueue(MosquittoBroker):
 
 def put(watcher: Watcher, count: int, prefix: str) -> set[str]:
     """Ids of ``count`` memories that tomato has acknowledged, one after the other: each is said by itself."""
-    return {watcher.bus.ask("tomato", MemoryPut(f"{prefix} {n}"), ttl_ms=20_000).id for n in range(count)}
+    return {watcher.bus.ask("tomato", MemoryPut(f"{prefix} {n}"), ttl_ms=TTL_MS).id for n in range(count)}
 
 
 def wait_equal(node: Node, acknowledged: set[str]) -> None:
     def held() -> set[str]:
         return {identifier for identifier, _ in node.memories()}
 
-    wait_for(lambda: held() >= acknowledged, f"{node.name} lacks memories", 40)
+    wait_for(lambda: held() >= acknowledged, f"{node.name} lacks memories")
     assert len(node.memories()) == len(acknowledged), "each is there once"
 
 

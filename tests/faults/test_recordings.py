@@ -17,9 +17,9 @@ from protocol import codec
 from protocol.messages import Event, MemoryPut, MemoryRecall
 from tests.support.nodes import Node, Watcher, kill_broker, wait_for
 from tests.support.recordings import Program, json_of, publish, read_all, recording_process, wire
+from tests.support.waiting import TTL_MS
 
 TOPIC = "mindstream/v1/tomato/event/test"
-TTL_MS = 20_000
 
 
 def said(number: int) -> bytes:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from protocol.clock import MAX_DRIFT_MS, HybridLogicalClock, pack, time_ms_of
 from protocol.errors import MalformedMessage
 from protocol.ids import NAME_PATTERN, UUID7_PATTERN, check_name, uuid7, uuid7_time_ms
+from tests.support.waiting import DEADLINE_S
 
 NOW_MS = 1_800_000_000_000
 
@@ -27,7 +28,7 @@ def test_ids_of_many_threads_are_all_different() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(DEADLINE_S)
     assert len({each for ids in made for each in ids}) == 16_000
     assert all(ids == sorted(ids) for ids in made)
 
@@ -143,5 +144,5 @@ def test_ticks_of_many_threads_are_all_different() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(DEADLINE_S)
     assert len({each for stamps in made for each in stamps}) == 16_000

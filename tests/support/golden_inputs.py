@@ -37,8 +37,7 @@ from protocol.messages import (
 )
 from tests.support.golden_replay import FOLDER, NODE, golden_identity, prepare_node, start_service
 from tests.support.nodes import wait_for
-
-TTL_MS = 20_000
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 
 class Scene:
@@ -52,7 +51,7 @@ class Scene:
         self._stack = contextlib.ExitStack()
         watcher = self.client("watcher", "watcher")
         watcher.hear(ServiceState, self._heard)
-        watcher.wait_subscribed(10)
+        watcher.wait_subscribed(DEADLINE_S)
 
     def _heard(self, message: Received) -> None:
         self._states[message.node, message.topic.names["service"]] = message.data.state
@@ -74,7 +73,7 @@ class Scene:
     def end(process: subprocess.Popen[bytes]) -> None:
         """End a service in order."""
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        process.wait(DEADLINE_S)
 
     @contextlib.contextmanager
     def recording(self, path: Path) -> Iterator[None]:

@@ -33,6 +33,7 @@ from protocol.entries import SignedEntry, verify
 from protocol.errors import UNREADABLE, MindstreamError, WrongTopic
 from protocol.identity import Identity, Keyring
 from protocol.topics import ParsedTopic
+from tests.support.waiting import DEADLINE_S
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FOLDER = CHECKOUT / "tests" / "golden" / "recordings"
@@ -115,7 +116,7 @@ def assert_replay_matches(
             said = run.replay(process, wanted)
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(DEADLINE_S)
             run.close()
     if update:
         golden.write_text("".join(f"{line}\n" for line in said))

@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +17,15 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from broker.base import _free_port
 from broker.child import spawn
 from broker.configuration import Listener, Setup
 from broker.mosquitto import find_mosquitto
 from edge.broker_setup import BrokerFolder
+from tests.support.waiting import DEADLINE_S, wait_for
 
-DEADLINE_S = 30.0
 PASSWORD = "correct horse battery"
 NOT_AUTHORISED = 0x87
 ME = getpass.getuser()
-
-
-def free_port() -> int:
-    return _free_port("127.0.0.1")
-
-
-def wait_until(condition: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {deadline_s:g} s: {what}"
-        time.sleep(0.01)
 
 
 class Mosquitto:
@@ -71,7 +57,7 @@ class Mosquitto:
                 stderr=log,
             )
         for listener in self.setup.listeners:
-            wait_until(lambda each=listener: self._accepts(each), f"port {listener.port} listens: {self.log[-2000:]}")
+            wait_for(lambda each=listener: self._accepts(each), f"port {listener.port} listens: {self.log[-2000:]}")
 
     def _accepts(self, listener: Listener) -> bool:
         assert self.process is not None
@@ -89,7 +75,7 @@ class Mosquitto:
         # It warns of the same rules each time it reads them, and answers nobody until it has read all.
         seen = self.log.count("Warning: ACL pattern")
         os.kill(self.process.pid, signal.SIGHUP)
-        wait_until(lambda: self.log.count("Warning: ACL pattern") > seen, "the rights are read again")
+        wait_for(lambda: self.log.count("Warning: ACL pattern") > seen, "the rights are read again")
 
     def save(self) -> None:
         """Have it write to the disk what it holds now, and wait for that."""
@@ -102,7 +88,7 @@ class Mosquitto:
         # Whichever save comes next: it does nothing else meanwhile, so all that was acknowledged before is in it.
         before_ns = saved_ns()
         self.process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: saved_ns() > before_ns, "the state is saved")
+        wait_for(lambda: saved_ns() > before_ns, "the state is saved")
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -165,7 +151,7 @@ class NamedClient:
         self.mqtt.connect(host, port, clean_start=session_s == 0, properties=properties)
         self.mqtt.loop_start()
         try:
-            wait_until(lambda: self._connack, f"{name or 'a client'} has an answer to its CONNECT")
+            wait_for(lambda: self._connack, f"{name or 'a client'} has an answer to its CONNECT")
             if self._connack[0]:
                 raise Refused(self._connack[0])
         except BaseException:
@@ -186,13 +172,13 @@ class NamedClient:
     def publish(self, topic: str, payload: bytes = b"x", *, retain: bool = False, **properties: Any) -> int:
         """Publish at QoS 1; the PUBACK's reason code."""
         info = self.mqtt.publish(topic, payload, qos=1, retain=retain, properties=publish_properties(**properties))
-        wait_until(lambda: info.mid in self.reasons, f"a PUBACK for {topic}")
+        wait_for(lambda: info.mid in self.reasons, f"a PUBACK for {topic}")
         return self.reasons.pop(info.mid)
 
     def publish_all(self, topic: str, payloads: list[bytes]) -> None:
         """Publish at QoS 1, as fast as they go, and wait for every PUBACK."""
         infos = [self.mqtt.publish(topic, payload, qos=1) for payload in payloads]
-        wait_until(lambda: all(info.mid in self.reasons for info in infos), "every PUBACK")
+        wait_for(lambda: all(info.mid in self.reasons for info in infos), "every PUBACK")
         assert all(self.reasons.pop(info.mid) < 0x80 for info in infos)
 
     def close(self) -> None:

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,17 +18,10 @@ from edge.bus import Bus
 from edge.keys import Peers, load_or_create_identity
 from protocol.codec import Received
 from protocol.messages import Event, NodeState, ServiceState
+from tests.support.waiting import DEADLINE_S, wait_for
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MEMORY_SERVICES = ("memory_store", "sync_bridge")
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
-    """Wait until ``condition()`` is true; fail naming ``what`` when it is not in time."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"after {timeout_s:g} s: {what}"
-        time.sleep(0.02)
 
 
 def kill_broker(broker: Broker) -> None:
@@ -76,7 +68,7 @@ class Node:
         """SIGTERM; its exit code."""
         assert self.process is not None
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(DEADLINE_S)
 
     @property
     def log(self) -> str:
@@ -108,19 +100,23 @@ class Watcher:
     def __init__(self, broker_url: str, name: str = "watcher") -> None:
         self.nodes: dict[str, NodeState] = {}
         self.services: dict[tuple[str, str], ServiceState] = {}
+        self.said: list[tuple[str, str, str]] = []
+        """Node, service and state of all that services said, in order."""
         self.events: list[tuple[str, Event]] = []
         """The node that said each, and it."""
         self.bus = Bus(url=broker_url, node="tester", client=name)
         self.bus.hear(NodeState, self._node)
         self.bus.hear(ServiceState, self._service)
         self.bus.hear(Event, self._event)
-        self.bus.start(20.0)
+        self.bus.start(DEADLINE_S)
 
     def _node(self, message: Received) -> None:
         self.nodes[message.node] = message.data
 
     def _service(self, message: Received) -> None:
-        self.services[message.node, message.topic.names["service"]] = message.data
+        service = message.topic.names["service"]
+        self.services[message.node, service] = message.data
+        self.said.append((message.node, service, message.data.state))
 
     def _event(self, message: Received) -> None:
         self.events.append((message.node, message.data))
@@ -144,10 +140,15 @@ class Watcher:
         found = self.nodes.get(node)
         return found.state if found else ""
 
-    def wait_ready(self, node: str, services: Sequence[str], timeout_s: float = 30.0) -> None:
+    def wait_ready(self, node: str, services: Sequence[str], timeout_s: float = DEADLINE_S) -> None:
         """Wait until all ``services`` of ``node`` are ready."""
         for service in services:
             wait_for(lambda s=service: self.state(node, s) == "ready", f"{node}/{service} is not ready", timeout_s)  # type: ignore[misc]
+
+    def wait_node_ready(self, node: str, services: Sequence[str]) -> None:
+        """Wait until ``node`` and all ``services`` of it are ready: they say so apart, in any order."""
+        self.wait_ready(node, services)
+        wait_for(lambda: self.node_state(node) == "ready", f"{node} is not ready")
 
     def kill_service(self, node: str, service: str) -> None:
         """kill -9 of one service's process."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from broker.child import spawn
 from tests.support.nodes import CHECKOUT
+from tests.support.waiting import DEADLINE_S
 
 
 class NotifySocket:
@@ -44,7 +45,7 @@ class NotifySocket:
         """How often ``line`` has been said."""
         return self.lines.count(line)
 
-    def wait(self, line: str, count: int = 1, timeout_s: float = 20.0) -> None:
+    def wait(self, line: str, count: int = 1, timeout_s: float = DEADLINE_S) -> None:
         """Wait until a line that begins with ``line`` has been said ``count`` times."""
 
         deadline_s = time.monotonic() + timeout_s
@@ -79,7 +80,7 @@ class Unit:
     def stop(self) -> int:
         """SIGTERM, as systemd does; its exit code."""
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(DEADLINE_S)
 
 
 @contextmanager

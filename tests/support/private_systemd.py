@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from broker.child import spawn
+from tests.support.waiting import DEADLINE_S
 
 SYSTEMD = Path("/lib/systemd/systemd")
 BOOT_DEADLINE_S = 60.0
@@ -140,7 +141,7 @@ def private_systemd(folder: Path) -> Iterator[PrivateSystemd]:
         # The end of process 1 is the end of all in its namespace.
         for child in psutil.Process(process.pid).children() if process.poll() is None else []:
             child.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(DEADLINE_S)
         _remove_group(group)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from broker.child import spawn
 from tests.support.notify_socket import NotifySocket
+from tests.support.waiting import DEADLINE_S
 
 RESTART_S = 0.2
 NOT_RESTARTED = 78
@@ -206,7 +207,7 @@ class UnitManager:
         if unit.process is not None:
             unit.process.send_signal(signal.SIGTERM)
             try:
-                unit.process.wait(30)
+                unit.process.wait(DEADLINE_S)
             except subprocess.TimeoutExpired:
                 unit.process.kill()
                 unit.process.wait()

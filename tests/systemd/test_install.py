@@ -21,6 +21,7 @@ from edge.bus import Bus
 from protocol.messages import MemoryPut, MemoryRecall, MemoryRecalled, MemoryStored
 from tests.support.nodes import CHECKOUT
 from tests.support.unit_manager import UnitManager
+from tests.support.waiting import TTL_MS
 from tests.support.wheelhouse import build_wheelhouse, other_version
 
 INSTALL = CHECKOUT / "systemd" / "install.sh"
@@ -90,12 +91,12 @@ def device(tmp_path: Path, mosquitto_broker: MosquittoBroker) -> Iterator[Device
 
 
 def remember(bus: Bus, text: str) -> MemoryStored:
-    stored: MemoryStored = bus.ask("sprout", MemoryPut(text=text), ttl_ms=10_000)
+    stored: MemoryStored = bus.ask("sprout", MemoryPut(text=text), ttl_ms=TTL_MS)
     return stored
 
 
 def recalled(bus: Bus) -> list[str]:
-    found: MemoryRecalled = bus.ask("sprout", MemoryRecall(query="pot"), ttl_ms=10_000)
+    found: MemoryRecalled = bus.ask("sprout", MemoryRecall(query="pot"), ttl_ms=TTL_MS)
     return sorted(hit.text for hit in found.hits)
 
 

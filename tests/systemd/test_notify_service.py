@@ -18,6 +18,7 @@ from edge.service_table import SERVICES, missing_packages
 from protocol.messages import MemoryPut, MemoryStored
 from tests.support.nodes import wait_for
 from tests.support.notify_socket import started, write_config
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 NO_MODEL = '[model]\nname = "/no/such/model"\n'
 """The model runner says ``degraded`` then, and is ready: the tests of the model load one."""
@@ -69,7 +70,7 @@ class SlowBroker:
     def close(self) -> None:
         self.grant.set()
         self._server.close()
-        self._thread.join(10)
+        self._thread.join(DEADLINE_S)
 
 
 def _topic_filters(subscribe: bytes) -> int:
@@ -109,7 +110,7 @@ def test_a_service_is_ready_when_its_broker_is_and_says_that_it_lives(
 
 def test_a_connection_alone_is_not_ready(slow_broker: SlowBroker, tmp_path: Path) -> None:
     with started(service("memory_store"), write_config(tmp_path, slow_broker.url), tmp_path) as unit:
-        assert slow_broker.subscribing.wait(20)
+        assert slow_broker.subscribing.wait(DEADLINE_S)
         # The broker has accepted the connection: a second later, by the service's own clock, it still is not ready.
         extended = sum(line.startswith("EXTEND_TIMEOUT_USEC") for line in unit.heard.lines)
         unit.heard.wait("EXTEND_TIMEOUT_USEC", extended + 1)
@@ -152,9 +153,9 @@ def test_a_stuck_service_feeds_no_watchdog_and_shows_where_it_is(
         Bus(url=mosquitto_broker.url, node="sprout", client="tester") as bus,
     ):
         unit.heard.wait("WATCHDOG=1", 2)
-        assert isinstance(bus.ask("sprout", MemoryPut(text="well"), ttl_ms=5_000), MemoryStored)
+        assert isinstance(bus.ask("sprout", MemoryPut(text="well"), ttl_ms=TTL_MS), MemoryStored)
         # From now on it misbehaves; its main loop turns on (but for `main`), its process lives.
-        bus.ask_later("sprout", MemoryPut(text="misbehave"), ttl_ms=60_000)
+        bus.ask_later("sprout", MemoryPut(text="misbehave"), ttl_ms=TTL_MS)
         if why:
             unit.heard.wait("STATUS=stuck")
             assert why in unit.heard.status
@@ -165,7 +166,7 @@ def test_a_stuck_service_feeds_no_watchdog_and_shows_where_it_is(
         assert unit.heard.count("WATCHDOG=1") == said
         # What systemd does then.
         unit.process.send_signal(signal.SIGABRT)
-        assert unit.process.wait(10) == -signal.SIGABRT
+        assert unit.process.wait(DEADLINE_S) == -signal.SIGABRT
         assert "Fatal Python error: Aborted" in unit.log
         assert f"in misbehave_{how}" in unit.log or how == "worker"
 
@@ -175,20 +176,20 @@ def test_killed_it_comes_back_with_what_it_had(mosquitto_broker: MosquittoBroker
     with Bus(url=mosquitto_broker.url, node="sprout", client="tester") as bus:
         with started(service("memory_store"), config, tmp_path) as unit:
             unit.heard.wait("READY=1")
-            first: MemoryStored = bus.ask("sprout", MemoryPut(text="before the kill"), ttl_ms=10_000)
+            first: MemoryStored = bus.ask("sprout", MemoryPut(text="before the kill"), ttl_ms=TTL_MS)
             unit.process.kill()
-            assert unit.process.wait(10) == -signal.SIGKILL
+            assert unit.process.wait(DEADLINE_S) == -signal.SIGKILL
             assert "STOPPING=1" not in unit.heard.lines
         with started(service("memory_store"), config, tmp_path) as unit:
             unit.heard.wait("READY=1")
-            second: MemoryStored = bus.ask("sprout", MemoryPut(text="after it"), ttl_ms=10_000)
+            second: MemoryStored = bus.ask("sprout", MemoryPut(text="after it"), ttl_ms=TTL_MS)
             assert (second.log_id, second.seq) == (first.log_id, first.seq + 1)
 
 
 def test_a_wrong_configuration_ends_with_the_code_that_systemd_does_not_restart(tmp_path: Path) -> None:
     config = write_config(tmp_path, "mqtt://127.0.0.1:1", "[node.oops]\n")
     with started(service("memory_store"), config, tmp_path) as unit:
-        assert unit.process.wait(20) == EXIT_CONFIG
+        assert unit.process.wait(DEADLINE_S) == EXIT_CONFIG
         assert "READY=1" not in unit.heard.lines
 
 

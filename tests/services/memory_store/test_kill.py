@@ -14,6 +14,7 @@ from protocol.entries import GENESIS, Origin, entry_hash, verify
 from protocol.identity import Identity, Keyring
 from services.memory_store.chain import MEMORY_LOG_SCHEMA
 from services.memory_store.log import MemoryLog
+from tests.support.waiting import DEADLINE_S
 
 SEED = bytes(range(32))
 
@@ -55,7 +56,7 @@ def test_every_acknowledged_put_survives_kill_9_exactly_once(tmp_path: Path, see
         child.kill()
         # What it had said before it died counts too; a line cut short by the kill was not said.
         acknowledged += [line.strip() for line in child.stdout if line.endswith("\n")]
-        child.wait(30)
+        child.wait(DEADLINE_S)
         child.stdout.close()
 
     database = open_database(path, schema=MEMORY_LOG_SCHEMA)

@@ -33,9 +33,10 @@ from protocol.messages import (
     MemoryVectorAsk,
 )
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, two_nodes, wait_for
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 SERVICE = "memory_store"
-TTL_MS = 20_000
+
 DAY_MS = 24 * 3600 * 1000
 
 
@@ -97,7 +98,7 @@ def test_a_private_memory_never_leaves_its_node(broker: Broker, tmp_path: Path) 
                 "tomato", MemoryPut("my secret is quince", scope="private"), ttl_ms=TTL_MS
             )
             watcher.bus.watch("#", lambda _topic, payload: said.append(payload))
-            watcher.bus.wait_subscribed(5.0)
+            watcher.bus.wait_subscribed(DEADLINE_S)
             watcher.bus.ask("tomato", MemoryPut("quince jam is for everyone"), ttl_ms=TTL_MS)
             wait_for(lambda: len(sprout.memories()) == 1, "the public one did not arrive")
             assert [text for _, text in sprout.memories()] == ["quince jam is for everyone"]
@@ -249,7 +250,7 @@ def test_a_file_that_is_no_database_stops_the_store_with_its_reason_and_is_left_
         path.write_bytes(rubbish)
         node.start()
         try:
-            wait_for(lambda: watcher.state("tomato", SERVICE) == "failed", "the store was not given up", 30)
+            wait_for(lambda: watcher.state("tomato", SERVICE) == "failed", "the store was not given up")
             reason = watcher.services["tomato", SERVICE].reason
             assert str(path) in reason
             assert "keep a copy of the file" in reason
@@ -264,7 +265,7 @@ def test_memories_that_were_committed_and_not_said_are_said_after_a_restart(tmp_
         node = Node(tmp_path, "tomato", broker.url, (SERVICE,))
         heard: list[str] = []
         watcher.bus.hear(MemoryEntries, lambda message: heard.extend(entry_ids(message.data)), node="tomato")
-        watcher.bus.wait_subscribed(5.0)
+        watcher.bus.wait_subscribed(DEADLINE_S)
         with running(node, watcher), ThreadPoolExecutor(8) as pool:
             puts = [MemoryPut(f"memory {number}", id=uuid7()) for number in range(200)]
 

@@ -47,6 +47,7 @@ from protocol.messages import (
     SnapshotSaved,
 )
 from tests.support.nodes import CHECKOUT, Node, Watcher, two_nodes, wait_for
+from tests.support.waiting import DEADLINE_S
 
 pytestmark = pytest.mark.model
 
@@ -94,14 +95,14 @@ class Run:
         self.id = uuid7()
         self.tokens: list[RunToken] = []
         self._stop_hearing = pair.bus.hear(RunToken, self._hear, node=node, run=self.id)
-        pair.bus.wait_subscribed(5.0)
+        pair.bus.wait_subscribed(DEADLINE_S)
         self.answer = pair.ask_later(node, conversation, text, run=self.id, **settings)
 
     def _hear(self, message: Received) -> None:
         self.tokens.append(message.data)
 
     def wait_tokens(self, count: int) -> None:
-        wait_for(lambda: len(self.tokens) >= count, f"{len(self.tokens)} of {count} tokens came", 60)
+        wait_for(lambda: len(self.tokens) >= count, f"{len(self.tokens)} of {count} tokens came")
 
     def end(self) -> RunDone:
         """The answer, once all of its tokens have been heard as well."""
@@ -126,7 +127,7 @@ def pair(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         bus.start()
         try:
             for node in (tomato, sprout):
-                watcher.wait_ready(node.name, (SERVICE,), 60)
+                watcher.wait_ready(node.name, (SERVICE,))
             yield Pair(tomato, sprout, watcher, bus)
         finally:
             bus.stop()
@@ -140,7 +141,7 @@ def test_an_answer_comes_token_by_token_in_order_and_is_their_concatenation(pair
     ends: list[RunDone] = []
     run = Run(pair, "tomato", new("stream"), QUESTION)
     stop_hearing = pair.bus.hear(RunDone, lambda message: ends.append(message.data), node="tomato", run=run.id)
-    pair.bus.wait_subscribed(5.0)
+    pair.bus.wait_subscribed(DEADLINE_S)
     done = run.end()
     wait_for(lambda: ends, "the run's end was not said")
     stop_hearing()
@@ -369,7 +370,7 @@ def test_a_manifest_that_is_forged_or_of_an_unknown_node_is_refused(pair: Pair) 
     served: list[SignedManifest] = []
     with Bus(url=pair.bus.url, node="mallory", client=SERVICE) as bus:
         bus.hear(SnapshotManifestAsk, lambda _: served[-1])
-        bus.wait_subscribed(5.0)
+        bus.wait_subscribed(DEADLINE_S)
         for asked, answer, refusal in cases:
             served.append(answer)
             with pytest.raises(refusal) as caught:
@@ -432,7 +433,7 @@ def test_a_node_without_its_model_says_so_and_its_other_services_are_fine(tmp_pa
         watcher = Watcher(broker.url)
         try:
             node.start()
-            wait_for(lambda: watcher.state("bare", SERVICE) == "degraded", "it did not become degraded", 30)
+            wait_for(lambda: watcher.state("bare", SERVICE) == "degraded", "it did not become degraded")
             watcher.wait_ready("bare", ("memory_store",))
             reason = watcher.services["bare", SERVICE].reason
             assert "gpt-nowhere" in reason
@@ -444,8 +445,8 @@ def test_a_node_without_its_model_says_so_and_its_other_services_are_fine(tmp_pa
                 ModelResume("0" * 64, "bare"),
             ):
                 with pytest.raises(ModelUnavailable, match="gpt-nowhere"):
-                    watcher.bus.ask("bare", ask, ttl_ms=10_000)
-            watcher.bus.ask("bare", MemoryPut("it remembers all the same"), ttl_ms=10_000)
+                    watcher.bus.ask("bare", ask, ttl_ms=TTL_MS)
+            watcher.bus.ask("bare", MemoryPut("it remembers all the same"), ttl_ms=TTL_MS)
             wait_for(lambda: watcher.node_state("bare") == "ready", "the node is not ready without its model")
         finally:
             watcher.bus.stop()
@@ -464,7 +465,7 @@ def test_a_runner_that_waits_for_its_broker_stops_when_asked_to(tmp_path: Path) 
     try:
         wait_for((node.data_dir / SERVICE / "journal.db").exists, "it did not open its files")
         process.terminate()
-        code = process.wait(15)
+        code = process.wait(DEADLINE_S)
     finally:
         process.kill()
         process.wait()

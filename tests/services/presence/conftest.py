@@ -19,6 +19,7 @@ from edge.service import Context
 from protocol.messages import ServiceState
 from services.presence.service import Presence
 from tests.support.nodes import Watcher, wait_for
+from tests.support.waiting import DEADLINE_S
 
 StartPresence = Callable[..., Presence]
 
@@ -44,7 +45,7 @@ def start_presence(tmp_path: Path, embedded_broker: EmbeddedBroker) -> Iterator[
 
             def end() -> None:
                 presence.stop()
-                thread.join(20)
+                thread.join(DEADLINE_S)
                 assert not thread.is_alive()
 
             cleanup.callback(end)

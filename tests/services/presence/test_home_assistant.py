@@ -20,6 +20,7 @@ from services.presence import home_assistant
 from tests.services.presence.conftest import StartPresence
 from tests.support.mosquittos import ME, NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, free_port
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 jsonschema = pytest.importorskip("jsonschema")
 sandbox = pytest.importorskip("jinja2.sandbox")
@@ -152,7 +153,7 @@ class Raw:
         self.bus = Bus(url=url, node="tester", client="raw")
         for filter in filters or ("mindstream/v1/#", "homeassistant/#"):
             self.bus.watch(filter, self._hear)
-        self.bus.start(20.0)
+        self.bus.start(DEADLINE_S)
 
     def _hear(self, topic: str, payload: bytes) -> None:
         self.payloads[topic] = payload
@@ -203,7 +204,7 @@ def test_every_template_finds_what_a_real_node_publishes(tmp_path: Path, broker:
         state = "mindstream/v1/tomato/state"
         wait_for(lambda: state in raw.payloads and raw.json(state)["state"] == "ready", "not ready")
         wait_for(lambda: raw.payloads.get(TOPIC), "Home Assistant is not told")
-        raw.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=10_000)
+        raw.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=TTL_MS)
         store = "mindstream/v1/tomato/service/memory_store/state"
         wait_for(lambda: raw.json(store)["details"].get("memories") == 1, "the memory is not counted")
         message = raw.json(TOPIC)

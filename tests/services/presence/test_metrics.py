@@ -18,17 +18,14 @@ from protocol.messages import MemoryPut, ServiceState
 from services.presence.metrics import MAX_DETAILS, NodeCollector, Snapshot, metric_name
 from tests.services.presence.conftest import StartPresence, Voice
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.ports import free_port
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 def scrape(port: int) -> list[Metric]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
     try:
         connection.request("GET", "/metrics")
         answer = connection.getresponse()
@@ -62,7 +59,7 @@ def test_a_scrape_shows_every_counter_of_every_service(tmp_path: Path, embedded_
     node.start()
     try:
         wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
-        watcher.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=10_000)
+        watcher.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=TTL_MS)
         wait_for(lambda: answers(port), "no metrics")
 
         def now(metric: str, /, **labels: str) -> float | None:

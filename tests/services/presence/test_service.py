@@ -22,8 +22,8 @@ from protocol.messages import NodeNow, NodeSleep, NodeState, NodeWake, PresenceH
 from services.presence.suspend import SuspendClock
 from tests.services.presence.conftest import StartPresence, Voice
 from tests.support.nodes import CHECKOUT, Node, Watcher, kill_broker, wait_for
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
-TTL_MS = 10_000
 QUICK = {"state": 0.3, "service_state": 0.3}
 """Intervals in which the tests' speakers are expected to speak."""
 VoiceOf = Callable[[str, str], Voice]
@@ -71,7 +71,7 @@ def test_a_node_without_a_supervisor_is_ready_when_its_services_are_and_disconne
             wait_for(lambda: "memory_store is lost" in watcher.nodes["tomato"].reason, "the node hides its loss")
             assert watcher.node_state("tomato") == "ready"
         presence.terminate()
-        assert presence.wait(20) == 0
+        assert presence.wait(DEADLINE_S) == 0
         wait_for(lambda: watcher.node_state("tomato") == "disconnected", "no goodbye")
         wait_for(lambda: watcher.state("tomato", "presence") == "disconnected", "nor of presence itself")
 
@@ -102,7 +102,7 @@ def test_a_broker_that_is_killed_and_forgets_all_is_told_again(tmp_path: Path) -
             kill_broker(broker)
             broker.start()
             with watching(broker.url) as watcher:
-                wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready again", 40)
+                wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready again")
 
 
 def test_words_that_a_broker_kept_over_a_power_cut_make_no_node_ready(
@@ -253,7 +253,7 @@ def test_the_silence_while_it_had_no_broker_is_nobodys(voice: VoiceOf, start_pre
             peer.keep_speaking(False)
             time.sleep(2.5)  # longer than a late speaker is given: this must not count
             broker.start()
-            wait_for(lambda: presence.bus.connected and peer.bus.connected, "not connected again", 30)
+            wait_for(lambda: presence.bus.connected and peer.bus.connected, "not connected again")
             peer.keep_speaking()
             wait_for(lambda: presence._liveness.speakers()[0].liveness == "live", "it is not live again")
             assert presence.bus.counters["peer.late"] == 0

@@ -15,8 +15,8 @@ from broker.base import Broker
 from broker.embedded import EmbeddedBroker
 from protocol.messages import MemoryPut, MemoryStored
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, kill_broker, two_nodes, wait_for
+from tests.support.waiting import TTL_MS
 
-TTL_MS = 20_000
 PUTS = 500
 
 
@@ -78,7 +78,7 @@ def test_a_node_that_was_away_for_500_memories_catches_up_from_a_broker_that_rem
             file.unlink()  # what a Mosquitto keeps for its clients: it shall have nothing for sprout
         broker.start()
         sprout.start()
-        wait_for(lambda: held(sprout) >= acknowledged, "sprout did not catch up", 30)
+        wait_for(lambda: held(sprout) >= acknowledged, "sprout did not catch up")
         assert len(sprout.memories()) == len(acknowledged) == PUTS + 1
         wait_for(
             lambda: peers_seen_by(watcher, "sprout").get("tomato", {}).get("fetched", 0) == PUTS,
@@ -111,7 +111,7 @@ def test_entries_of_a_node_that_is_not_trusted_are_refused_and_said_and_come_onc
         assert held(sprout) == set()
         pids = {service: watcher.pid("sprout", service) for service in MEMORY_SERVICES}
         sprout.trust(tomato)
-        wait_for(lambda: held(sprout) == acknowledged, "trust had no effect", 10)
+        wait_for(lambda: held(sprout) == acknowledged, "trust had no effect")
         assert pids == {service: watcher.pid("sprout", service) for service in MEMORY_SERVICES}
         wait_for(lambda: peers_seen_by(watcher, "sprout")["tomato"]["in_step"], "they are not shown as in step")
         assert "waiting_for" not in peers_seen_by(watcher, "sprout")["tomato"]
@@ -149,16 +149,16 @@ def test_a_copied_data_folder_is_a_fork_that_is_said_and_takes_nothing_away(tmp_
             tomato.start()
             copied = put_many(watcher, "tomato", 4, "copied")
             sprout.start()
-            wait_for(lambda: watcher.events_of("sprout", "fork"), "sprout did not say that there is a fork", 30)
+            wait_for(lambda: watcher.events_of("sprout", "fork"), "sprout did not say that there is a fork")
             event = watcher.events_of("sprout", "fork")[0]
             assert event.severity == "error"
             assert "tomato" in event.text
             assert "copied or set back" in event.text
             assert held(sprout) >= sprout_before, "what is held stays"
             # The copy learns that its log is not its own any more and begins another, which both can hold.
-            wait_for(lambda: watcher.events_of("tomato", "fork"), "tomato did not say that there is a fork", 30)
+            wait_for(lambda: watcher.events_of("tomato", "fork"), "tomato did not say that there is a fork")
             after = put_many(watcher, "tomato", 2, "after")
-            wait_for(lambda: held(sprout) >= sprout_before | after, "what came after the fork did not arrive", 30)
+            wait_for(lambda: held(sprout) >= sprout_before | after, "what came after the fork did not arrive")
             assert held(tomato) >= copied | after
         finally:
             for node in started:
