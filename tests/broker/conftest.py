@@ -11,7 +11,8 @@ import pytest
 from broker.certificates import make_ca, make_server
 from broker.configuration import Listener, Setup
 from broker.mosquitto import INSTALL_HINT, find_mosquitto
-from tests.support.mosquittos import ME, Mosquitto, free_port
+from tests.support.mosquittos import ME, Mosquitto
+from tests.support.ports import free_port
 
 
 @dataclass

@@ -9,7 +9,8 @@ import pytest
 
 from broker.configuration import Bridge, Listener, Setup
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_for
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, wait_for
+from tests.support.ports import free_port
 
 LOG = "mindstream/v1/sprout/memory/log"
 WAITING = 3_000

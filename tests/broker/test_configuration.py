@@ -13,7 +13,8 @@ from broker.check import OK, check, worst
 from broker.configuration import Bridge, Listener, Setup, render
 from protocol.errors import BrokerError
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port, wait_for
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, wait_for
+from tests.support.ports import free_port
 
 CA = Path("/ca.pem")
 PEM = {"certificate": Path("/server.pem"), "key": Path("/server.key")}

@@ -15,7 +15,8 @@ from edge.bus import Bus
 from protocol.errors import BrokerError
 from protocol.messages import Event
 from tests.broker.conftest import Certificates, device_setup
-from tests.support.mosquittos import PASSWORD, Mosquitto, free_port, wait_for
+from tests.support.mosquittos import PASSWORD, Mosquitto, wait_for
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE_S
 
 

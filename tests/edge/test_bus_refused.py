@@ -33,7 +33,8 @@ from edge.service import Context, Service, hears
 from protocol.errors import ConfigError, NotAuthorized, NotConnected
 from protocol.messages import Event, MemoryPut, RunToken
 from tests.edge.bus_support import DEADLINE_S, Answers, wait_for
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient, free_port
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto, NamedClient
+from tests.support.ports import free_port
 from tests.support.waiting import TTL_MS
 
 OpenBus = Callable[..., Bus]

@@ -13,7 +13,8 @@ from broker.child import spawn
 from broker.mosquitto import INSTALL_HINT, find_mosquitto
 from edge.bus import Bus
 from tests.edge.test_cli import mindstream
-from tests.support.mosquittos import ME, free_port, wait_for
+from tests.support.mosquittos import ME, wait_for
+from tests.support.ports import free_port
 
 
 def typed(*arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -30,9 +30,10 @@ from edge.recording_writer import BlockSink, RecordingWriter, Rotation, Totals, 
 from protocol import codec
 from protocol.errors import NotConnected, NotFound, ProtocolError, StorageError
 from protocol.messages import Event
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, free_port
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto
 from tests.support.nats import NatsBroker, find_nats_server
 from tests.support.nodes import wait_for
+from tests.support.ports import free_port
 from tests.support.recordings import (
     CHECKOUT,
     START_US,

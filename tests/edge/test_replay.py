@@ -21,7 +21,8 @@ from edge.recording import Gap, Message, part_path
 from edge.replay import Replay, Report, Selection, nodes_there_now
 from protocol.errors import NotAuthorized
 from protocol.messages import NodeState
-from tests.support.mosquittos import ME, PASSWORD, Mosquitto, free_port
+from tests.support.mosquittos import ME, PASSWORD, Mosquitto
+from tests.support.ports import free_port
 from tests.support.recordings import (
     START_US,
     Program,

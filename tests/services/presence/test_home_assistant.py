@@ -18,8 +18,9 @@ from edge.service_table import BY_NAME
 from protocol.messages import MemoryPut
 from services.presence import home_assistant
 from tests.services.presence.conftest import StartPresence
-from tests.support.mosquittos import ME, NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient, free_port
+from tests.support.mosquittos import ME, NOT_AUTHORISED, PASSWORD, Mosquitto, NamedClient
 from tests.support.nodes import MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE_S, TTL_MS
 
 jsonschema = pytest.importorskip("jsonschema")
