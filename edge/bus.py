@@ -140,7 +140,7 @@ class Bus:
 
     # --- life ---------------------------------------------------------------------------------------------
 
-    def start(self, timeout_s: float | None = 10.0) -> None:
+    def start(self, timeout_s: float | None = 30.0) -> None:
         """Connect and subscribe. Raises NotConnected as wait_subscribed() does; None connects in the background.
 
         The connection heals by itself from then on, with backoff.

@@ -280,7 +280,7 @@ def _say(bus: Bus, node: str, ask: ModelGenerate, show: Callable[[str], None]) -
         show(message.data.text)
 
     stop_hearing = bus.hear(RunToken, token, node=node, run=run)
-    bus.wait_subscribed(5.0)
+    bus.wait_subscribed(30.0)
     try:
         ask.run = run
         done: RunDone = bus.ask(node, ask, ttl_ms=ASK_TTL_MS)
@@ -347,13 +347,13 @@ def _remember(tour: Tour, bus: Bus) -> None:
     with tour.step(f"tomato remembers: “{MEMORY}” (committed to disk)"):
         stored = bus.ask("tomato", MemoryPut(MEMORY, role="user"), ttl_ms=ASK_TTL_MS)
     with tour.step(f"sprout recalls it, asked “{QUESTION}”"):
-        deadline_s = time.monotonic() + 15.0
+        deadline_s = time.monotonic() + 60.0
         while True:
             found: MemoryRecalled = bus.ask("sprout", MemoryRecall(QUESTION, limit=3), ttl_ms=ASK_TTL_MS)
             if any(hit.id == stored.id for hit in found.hits):
                 break
             if time.monotonic() > deadline_s:
-                raise StorageError("recalling on sprout what tomato remembered: it did not arrive in 15 s")
+                raise StorageError("recalling on sprout what tomato remembered: it did not arrive in 60 s")
             time.sleep(0.01)
 
 

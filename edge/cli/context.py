@@ -43,8 +43,8 @@ _EXIT_OF: tuple[tuple[type[MindstreamError], int], ...] = (
     (errors.ModelUnavailable, EXIT_NOT_FOUND),
 )
 
-CONNECT_TIMEOUT_S = 5.0
-RETAINED_TIMEOUT_S = 1.5
+CONNECT_TIMEOUT_S = 8.0
+RETAINED_TIMEOUT_S = 3.0
 """A retained message comes with the subscription, at once: after this long there is none."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

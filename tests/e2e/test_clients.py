@@ -146,7 +146,7 @@ def test_a_client_puts_and_recalls_a_memory(language: str, running: tuple[Node, 
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -166,7 +166,7 @@ def test_a_refusal_reaches_the_client_in_words(language: str, running: tuple[Nod
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 1

@@ -36,11 +36,21 @@ def say(line: str) -> None:
 
 
 def hear_events(url: str, *, hold: bool) -> Bus:
-    """A durable session that hears events; with ``hold`` its handler never ends."""
+    """A durable session that hears events; with ``hold`` its handler never ends.
+
+    Told "barrier" it says so once the broker has read all that it sent before, acknowledgements included.
+    """
     bus = make_bus(url=url, node="sprout", client="listener", durable_session=True)
+
+    def barrier() -> None:
+        bus.say(Event(name="barrier", severity="info", text="passed"), service="listener")
+        if bus.flush(60.0):
+            say("barrier passed")
 
     def heard(message: Any) -> None:
         say(f"heard {message.data.text}")
+        if message.data.text == "barrier":
+            threading.Thread(target=barrier, daemon=True).start()
         if hold:
             FOREVER.wait()
 

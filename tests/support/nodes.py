@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -129,6 +130,21 @@ class Watcher:
         """The process id that a service said last; 0 when it has said none."""
         found = self.services.get((node, service))
         return found.pid if found else 0
+
+    def details(self, node: str, service: str) -> dict[str, Any]:
+        """The details that a service said last; empty when it has said none."""
+        found = self.services.get((node, service))
+        return found.details if found else {}
+
+    def counters(self, node: str, service: str) -> dict[str, int]:
+        """The counters that a service said last; empty when it has said none."""
+        found = self.services.get((node, service))
+        return found.counters if found else {}
+
+    def reason(self, node: str) -> str | None:
+        """The reason that a node said last; None when it has said nothing."""
+        found = self.nodes.get(node)
+        return found.reason if found else None
 
     def state(self, node: str, service: str) -> str:
         """The last state that was said."""

@@ -53,6 +53,13 @@ class NotifySocket:
             assert time.monotonic() < deadline_s, f"{line!r} was not said {count} times: {self.lines[-8:]}"
             time.sleep(0.02)
 
+    def catch_up(self) -> None:
+        """Wait until all that had been said so far is in ``lines``: what is sent to the socket comes in order."""
+        mark = f"X_MARK={time.monotonic_ns()}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaker:
+            speaker.sendto(mark.encode(), self._socket.getsockname())
+        self.wait(mark)
+
     @property
     def status(self) -> str:
         """The last status line."""

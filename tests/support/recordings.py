@@ -16,6 +16,7 @@ import msgspec
 from edge.mqtt_wire import WireClient
 from edge.recording import Damage, Gap, Message, Recording, RecordingInfo
 from edge.recording_writer import RecordingWriter
+from tests.support.waiting import DEADLINE_S
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_US = 1_795_000_000_000_000
@@ -80,10 +81,10 @@ def publish(client: WireClient, messages: Sequence[Sent]) -> None:
     """Publish ``messages`` and wait until the broker has them."""
     for topic, payload, qos, retain in messages:
         client.publish(topic, payload, qos=qos, retain=retain)
-    assert client.flush(30)
+    assert client.flush(DEADLINE_S)
 
 
-def hear(client: WireClient, count: int, timeout_s: float = 20.0) -> list[Message]:
+def hear(client: WireClient, count: int, timeout_s: float = DEADLINE_S) -> list[Message]:
     """The next ``count`` messages, or fewer when they do not come in time."""
     found: list[Message] = []
     deadline_s = time.monotonic() + timeout_s
@@ -119,7 +120,7 @@ class Program:
         self.process.send_signal(number)
         return self.end()
 
-    def end(self, timeout_s: float = 60.0) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 150.0) -> tuple[int, str, str]:
         """Wait for its end."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)

@@ -49,7 +49,7 @@ def install(*arguments: str | Path, root: Path, check: bool = True) -> subproces
         capture_output=True,
         text=True,
         check=False,
-        timeout=170,
+        timeout=280,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -108,6 +108,7 @@ def test_the_script_is_plain_sh() -> None:
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.timeout(600)
 def test_a_device_is_installed_without_network_and_removed_with_its_data_kept(device: Device, wheelhouse: Path) -> None:
     assert "is installed" in device.install("--wheelhouse", wheelhouse).stdout
     first = device.current

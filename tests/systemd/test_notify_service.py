@@ -128,7 +128,7 @@ def test_a_service_that_is_stopped_by_a_signal_feeds_no_watchdog(
         unit.process.send_signal(signal.SIGSTOP)
         state = Path(f"/proc/{unit.process.pid}/stat")
         wait_for(lambda: state.read_text().split()[2] == "T", "it is not stopped")
-        threading.Event().wait(0.3)  # what it had said before is read
+        unit.heard.catch_up()
         said = unit.heard.count("WATCHDOG=1")
         threading.Event().wait(1.5)  # longer than the watchdog's patience, and nothing to wait for
         assert unit.heard.count("WATCHDOG=1") == said
@@ -161,6 +161,7 @@ def test_a_stuck_service_feeds_no_watchdog_and_shows_where_it_is(
             assert why in unit.heard.status
         else:
             wait_for(lambda: "the main loop hangs" in unit.log, "it does not hang")
+        unit.heard.catch_up()
         said = unit.heard.count("WATCHDOG=1")
         threading.Event().wait(1.5)
         assert unit.heard.count("WATCHDOG=1") == said

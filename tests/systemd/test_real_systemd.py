@@ -110,15 +110,13 @@ def test_a_node_lives_its_life_under_systemd(machine: PrivateSystemd) -> None:
     machine.run("systemctl", "stop", "mosquitto")
     machine.run("systemctl", "mask", "--runtime", "mosquitto")
     machine.run("systemctl", "restart", "--no-block", "mindstream.target")
-    wait_for(
-        lambda: machine.property(MEMORY, "StatusText").startswith("waiting for the broker"), "it does not wait", 30.0
-    )
+    wait_for(lambda: machine.property(MEMORY, "StatusText").startswith("waiting for the broker"), "it does not wait")
     assert machine.property("mindstream.target", "ActiveState") == "active"
     assert "memory_store is activating (waiting for the broker" in machine.run("mindstream", "doctor", check=False)
     machine.run("systemctl", "unmask", "--runtime", "mosquitto")
     machine.run("systemctl", "start", "mosquitto")
     for unit in CORE:
-        wait_for(lambda each=unit: machine.property(each, "ActiveState") == "active", f"{unit} is not ready", 40.0)  # type: ignore[misc]
+        wait_for(lambda each=unit: machine.property(each, "ActiveState") == "active", f"{unit} is not ready")  # type: ignore[misc]
     assert recall(machine) == ["The key is under the pot."]
 
     # What systemd starts before a suspend. (There is none here: so the node does not notice that it is over.)

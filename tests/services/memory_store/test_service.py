@@ -84,8 +84,7 @@ def test_what_is_put_on_one_node_is_recalled_on_the_other(broker: Broker, tmp_pa
         )
         assert (again.seq, again.already) == (1, True)
         wait_for(lambda: recall_texts(watcher.bus, "tomato", "hammer"), "it was not recalled on tomato")
-        digests = {state.details["log_id"] for (_, name), state in watcher.services.items() if name == SERVICE}
-        assert len(digests) == 2
+        assert len({watcher.details(node.name, SERVICE)["log_id"] for node in nodes}) == 2
 
 
 def test_a_private_memory_never_leaves_its_node(broker: Broker, tmp_path: Path) -> None:
@@ -140,17 +139,17 @@ def test_a_node_whose_clock_is_a_day_ahead_is_heard_and_moves_no_other_clock(bro
         wait_for(lambda: len(node.memories()) == 3, "its entries were not stored")
 
         def skew_ms() -> int:
-            found: int = watcher.services["tomato", SERVICE].details["skew_ms"].get("pear", 0)
+            found: int = watcher.details("tomato", SERVICE).get("skew_ms", {}).get("pear", 0)
             return found
 
         wait_for(lambda: skew_ms() > 0, "the skew is not shown")
-        assert abs(skew_ms() - DAY_MS) < 60_000
+        assert abs(skew_ms() - DAY_MS) < 600_000
         stored: MemoryStored = watcher.bus.ask("tomato", MemoryPut("after the pear"), ttl_ms=TTL_MS)
         own: MemoryEntries = watcher.bus.ask(
             "tomato", MemoryRepair("tomato", "everyone", stored.log_id, stored.seq, stored.seq), ttl_ms=TTL_MS
         )
         stamp_ms = time_ms_of(read_header(own.entries[0]).hlc)
-        assert abs(stamp_ms - time.time_ns() // 1_000_000) < 60_000
+        assert abs(stamp_ms - time.time_ns() // 1_000_000) < 600_000
 
 
 # --- the disk -------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def test_a_read_only_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
             cwd=CHECKOUT,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=2 * DEADLINE_S,
         )
         assert ended.returncode == 1
         assert "Traceback" not in ended.stderr

@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
 from edge.config import load_config
 from edge.keys import Peers, load_or_create_identity
+from edge.liveness import LATE_AFTER, Liveness
 from edge.service import Context
+from protocol.codec import Received
 from protocol.messages import ServiceState
 from services.presence.service import Presence
 from tests.support.nodes import Watcher, wait_for
@@ -61,35 +64,45 @@ def watcher(embedded_broker: EmbeddedBroker) -> Iterator[Watcher]:
     found.bus.stop()
 
 
+class Ahead(Liveness):
+    """A liveness whose time passes when it is told to, so that a busy machine makes nobody late."""
+
+    EVERY_S = 1_000.0
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+        super().__init__({"state": self.EVERY_S, "service_state": self.EVERY_S}, self._now)
+
+    def _now(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def hear(self, message: Received) -> None:
+        """At the time that it is here."""
+        super().hear(msgspec.structs.replace(message, received_s=message.received_s + self._ahead_s))
+
+    def skip(self) -> None:
+        """Let pass what makes late whoever says nothing meanwhile."""
+        self._ahead_s += (LATE_AFTER + 0.5) * self.EVERY_S
+
+    def live(self) -> set[str]:
+        """Names of those who are."""
+        return {f"{each.node}/{each.service}" for each in self.speakers() if each.liveness == "live"}
+
+
 class Voice:
-    """A client that speaks as a service of a node, as fast as it is told to."""
+    """A client that speaks as a service of a node."""
 
     def __init__(self, url: str, node: str, service: str) -> None:
         self.service = service
         self.bus = Bus(url=url, node=node, client=service)
-        self.bus.start()
-        self._going = threading.Event()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._speak, daemon=True)
-        self._thread.start()
+        self.bus.start(DEADLINE_S)
 
     def say(self, state: str = "ready", **fields: Any) -> None:
         """Say one word."""
         self.bus.say(ServiceState(state=state, time_us=time.time_ns() // 1000, **fields), service=self.service)
 
-    def keep_speaking(self, going: bool = True) -> None:
-        """Begin or end to speak ten times a second."""
-        (self._going.set if going else self._going.clear)()
-
-    def _speak(self) -> None:
-        while not self._end.wait(0.1):
-            if self._going.is_set():
-                self.say()
-
     def close(self) -> None:
         """End it."""
-        self._end.set()
-        self._thread.join()
         self.bus.stop()
 
 

@@ -207,13 +207,14 @@ def test_every_template_finds_what_a_real_node_publishes(tmp_path: Path, broker:
         wait_for(lambda: raw.payloads.get(TOPIC), "Home Assistant is not told")
         raw.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=TTL_MS)
         store = "mindstream/v1/tomato/service/memory_store/state"
-        wait_for(lambda: raw.json(store)["details"].get("memories") == 1, "the memory is not counted")
+        wait_for(lambda: store in raw.payloads and raw.json(store)["details"].get("memories") == 1, "not counted")
         message = raw.json(TOPIC)
         jsonschema.validate(message, SCHEMA)
+        topics = {each["state_topic"] for each in entities(message).values()}
+        wait_for(lambda: all(topic in raw.payloads for topic in topics), f"not all of {topics} are said")
         shown: dict[str, str] = {}
         for name, each in entities(message).items():
             topic = each["state_topic"]
-            assert topic in raw.payloads, f"{name}: nothing is published on {topic}"
             shown[name] = value = rendered(each["value_template"], raw.payloads[topic])
             if each.get("device_class") == "enum":
                 assert value in each["options"], name
@@ -310,7 +311,8 @@ def test_switched_off_it_is_taken_back(
     presence = start_presence()
     wait_for(lambda: raw.payloads.get(TOPIC), "it is not said")
     presence.stop()
-    wait_for(lambda: raw.json("mindstream/v1/tomato/state")["state"] == "disconnected", "it does not end")
+    wait_for(lambda: presence._node_bus is None, "it does not end")
+    wait_for(lambda: raw.json("mindstream/v1/tomato/state")["state"] == "disconnected", "it says no goodbye")
     start_presence("[home_assistant]\ndiscovery = false\n")
     wait_for(lambda: raw.payloads[TOPIC] == b"", "it is not taken back")
     later = Raw(embedded_broker.url, "homeassistant/#", "mindstream/v1/tomato/state")

@@ -58,7 +58,8 @@ def test_a_scrape_shows_every_counter_of_every_service(tmp_path: Path, embedded_
     watcher = Watcher(embedded_broker.url)
     node.start()
     try:
-        wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
+        services = ("presence", *MEMORY_SERVICES)
+        watcher.wait_node_ready("tomato", services)
         watcher.bus.ask("tomato", MemoryPut("the key is under the pot"), ttl_ms=TTL_MS)
         wait_for(lambda: answers(port), "no metrics")
 
@@ -66,9 +67,21 @@ def test_a_scrape_shows_every_counter_of_every_service(tmp_path: Path, embedded_
             return value(samples(scrape(port)), metric, node="tomato", **labels)
 
         wait_for(lambda: now("mindstream_detail", service="memory_store", name="memories") == 1, "not counted")
+        wait_for(
+            lambda: all(now("mindstream_service_state", service=service, state="ready") == 1 for service in services),
+            "not all are shown as ready",
+        )
+        # What presence hears from now on it may show before the watcher hears it, and the other way round.
+        counters = {(service, name) for service in services for name in watcher.counters("tomato", service)}
+
+        def not_shown(found: Samples) -> list[str]:
+            names = [(service, f"{metric_name(counter)}_total") for service, counter in counters]
+            return [name for service, name in names if value(found, name, node="tomato", service=service) is None]
+
+        wait_for(lambda: not not_shown(samples(scrape(port))), f"not all of {counters} are shown")
         families = scrape(port)
         found = samples(families)
-        for service in ("presence", *MEMORY_SERVICES):
+        for service in services:
             assert value(found, "mindstream_service_up", node="tomato", service=service) == 1
             assert value(found, "mindstream_service_state", node="tomato", service=service, state="ready") == 1
             assert value(found, "mindstream_service_state", node="tomato", service=service, state="lost") == 0
@@ -77,9 +90,6 @@ def test_a_scrape_shows_every_counter_of_every_service(tmp_path: Path, embedded_
             resident = value(found, "mindstream_process_resident_memory_bytes", node="tomato", service=service)
             assert resident is not None
             assert resident > 1_000_000
-            for counter in watcher.services["tomato", service].counters:
-                name = f"{metric_name(counter)}_total"
-                assert value(found, name, node="tomato", service=service) is not None, name
         assert value(found, "mindstream_node_state", node="tomato", state="ready") == 1
         by_name = {family.name: family for family in families}
         assert by_name["mindstream_published"].type == "counter"
@@ -99,8 +109,8 @@ def test_a_taken_port_is_said_and_tried_again_and_the_service_goes_on(
     watcher: Watcher, start_presence: StartPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.presence.service.METRICS_RETRY_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = int(taken.getsockname()[1])
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
         start_presence(f"[metrics]\nport = {port}\n")
         wait_for(lambda: watcher.events_of("tomato", "metrics-port"), "it is not said")
         assert f"127.0.0.1:{port}" in watcher.events_of("tomato", "metrics-port")[0].text
@@ -109,9 +119,7 @@ def test_a_taken_port_is_said_and_tried_again_and_the_service_goes_on(
         wait_for(lambda: watcher.state("tomato", "presence") == "degraded", "its state does not show it")
     wait_for(lambda: answers(port), "it is not tried again")
     wait_for(lambda: watcher.state("tomato", "presence") == "ready", "its state still shows it")
-    wait_for(
-        lambda: watcher.services["tomato", "presence"].details.get("metrics") == f"127.0.0.1:{port}", "it is not shown"
-    )
+    wait_for(lambda: watcher.details("tomato", "presence").get("metrics") == f"127.0.0.1:{port}", "it is not shown")
 
 
 def test_a_lost_service_is_down_and_what_names_hold_does_no_harm(

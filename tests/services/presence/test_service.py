@@ -17,15 +17,12 @@ from broker.base import Broker
 from broker.child import spawn
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
-from edge.liveness import Liveness
 from protocol.messages import NodeNow, NodeSleep, NodeState, NodeWake, PresenceHeard, PresenceHeardAsk
 from services.presence.suspend import SuspendClock
-from tests.services.presence.conftest import StartPresence, Voice
+from tests.services.presence.conftest import Ahead, StartPresence, Voice
 from tests.support.nodes import CHECKOUT, Node, Watcher, kill_broker, wait_for
 from tests.support.waiting import DEADLINE_S, TTL_MS
 
-QUICK = {"state": 0.3, "service_state": 0.3}
-"""Intervals in which the tests' speakers are expected to speak."""
 VoiceOf = Callable[[str, str], Voice]
 
 
@@ -60,15 +57,19 @@ def test_a_node_without_a_supervisor_is_ready_when_its_services_are_and_disconne
 ) -> None:
     node = Node(tmp_path, "tomato", broker.url, ["memory_store"])
     with watching(broker.url) as watcher, service(node, "presence", broker.url) as presence:
-        wait_for(lambda: watcher.node_state("tomato") == "init", "it does not begin with init")
-        assert watcher.nodes["tomato"].reason == "memory_store has not spoken yet"
+        wait_for(
+            lambda: (
+                (watcher.node_state("tomato"), watcher.reason("tomato")) == ("init", "memory_store has not spoken yet")
+            ),
+            "it does not begin with init",
+        )
         with service(node, "memory_store", broker.url) as store:
             wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
             assert watcher.nodes["tomato"].services == ["presence", "memory_store"]
             assert watcher.nodes["tomato"].fingerprint == node.identity.fingerprint
             assert watcher.nodes["tomato"].pid == presence.pid
             store.kill()
-            wait_for(lambda: "memory_store is lost" in watcher.nodes["tomato"].reason, "the node hides its loss")
+            wait_for(lambda: "memory_store is lost" in (watcher.reason("tomato") or ""), "the node hides its loss")
             assert watcher.node_state("tomato") == "ready"
         presence.terminate()
         assert presence.wait(DEADLINE_S) == 0
@@ -161,8 +162,8 @@ def test_after_a_suspend_it_is_ready_by_itself_and_counts_it(watcher: Watcher, s
     wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready again")
     wait_for(lambda: watcher.events_of("tomato", "woke"), "nothing is said of it")
     assert "312 s" in watcher.events_of("tomato", "woke")[0].text
-    wait_for(lambda: watcher.services["tomato", "presence"].details.get("slept_s") == 312, "it is not shown")
-    assert watcher.services["tomato", "presence"].counters["slept"] == 1
+    wait_for(lambda: watcher.details("tomato", "presence").get("slept_s") == 312, "it is not shown")
+    assert watcher.counters("tomato", "presence")["slept"] == 1
 
 
 def test_who_said_that_it_sleeps_and_is_awake_all_the_same_says_so(
@@ -188,11 +189,11 @@ def test_another_node_may_not_put_this_one_to_sleep(watcher: Watcher, start_pres
 def test_a_peer_that_falls_silent_is_late_and_back_when_it_speaks(
     watcher: Watcher, voice: VoiceOf, start_presence: StartPresence
 ) -> None:
-    start_presence(liveness=Liveness(QUICK))
-    peer = voice("sprout", "memory_store")
-    peer.keep_speaking()
-    wait_for(lambda: watcher.state("sprout", "memory_store") == "ready", "the peer does not speak")
+    clock = Ahead()
+    start_presence(liveness=clock)
     wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
+    peer = voice("sprout", "memory_store")
+    peer.say()
 
     def liveness() -> str:
         with Bus(url=watcher.bus.url, node="tomato", client="cli") as cli:
@@ -201,25 +202,28 @@ def test_a_peer_that_falls_silent_is_late_and_back_when_it_speaks(
 
     wait_for(lambda: liveness() == "live", "it is not heard")
     assert not watcher.events_of("tomato", "peer-late")
-    peer.keep_speaking(False)
+    clock.skip()
     wait_for(lambda: watcher.events_of("tomato", "peer-late"), "its silence is not noticed")
     assert "sprout/memory_store has been silent for" in watcher.events_of("tomato", "peer-late")[0].text
-    assert liveness() in ("late", "silent")
-    peer.keep_speaking()
+    assert liveness() == "late"
+    peer.say()
     wait_for(lambda: watcher.events_of("tomato", "peer-back"), "its return is not noticed")
     assert liveness() == "live"
-    wait_for(lambda: watcher.services["tomato", "presence"].counters.get("peer.back") == 1, "the return is not counted")
-    assert watcher.services["tomato", "presence"].counters["peer.late"] == 1
+    wait_for(lambda: watcher.counters("tomato", "presence").get("peer.back") == 1, "the return is not counted")
+    assert watcher.counters("tomato", "presence")["peer.late"] == 1
 
 
 def test_a_whole_node_that_falls_silent_is_said_once(
     watcher: Watcher, voice: VoiceOf, start_presence: StartPresence
 ) -> None:
-    presence = start_presence(liveness=Liveness(QUICK))
+    clock = Ahead()
+    presence = start_presence(liveness=clock)
     wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
     peer = voice("sprout", "memory_store")
     peer.say()
     peer.bus.say(NodeState(state="ready", time_us=time.time_ns() // 1000))
+    wait_for(lambda: clock.live() >= {"sprout/", "sprout/memory_store"}, "they are not heard")
+    clock.skip()
     wait_for(lambda: presence.bus.counters["peer.late"] == 2, "their silence is not noticed")
     wait_for(lambda: watcher.events_of("tomato", "peer-late"), "it is not said")
     texts = " ".join(event.text for event in watcher.events_of("tomato", "peer-late"))
@@ -230,32 +234,38 @@ def test_a_whole_node_that_falls_silent_is_said_once(
 def test_a_service_of_its_own_that_falls_silent_stands_in_the_nodes_reason(
     watcher: Watcher, voice: VoiceOf, start_presence: StartPresence
 ) -> None:
-    start_presence(enabled='["memory_store"]', liveness=Liveness({"service_state": 0.5}))
+    clock = Ahead()
+    start_presence(enabled='["memory_store"]', liveness=clock)
+    wait_for(lambda: watcher.node_state("tomato") == "init", "it says nothing")
     store = voice("tomato", "memory_store")
-    store.keep_speaking()
-    wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
-    assert watcher.nodes["tomato"].reason == ""
-    store.keep_speaking(False)
-    wait_for(lambda: "memory_store has fallen silent" in watcher.nodes["tomato"].reason, "the node hides it")
-    store.keep_speaking()
-    wait_for(lambda: watcher.nodes["tomato"].reason == "", "the node still says so")
-    assert watcher.events_of("tomato", "service-late")
+    store.say()
+    wait_for(lambda: watcher.node_state("tomato") == "ready" and watcher.reason("tomato") == "", "not ready")
+    clock.skip()
+    wait_for(lambda: "memory_store has fallen silent" in (watcher.reason("tomato") or ""), "the node hides it")
+    store.say()
+    wait_for(lambda: watcher.reason("tomato") == "", "the node still says so")
+    wait_for(
+        lambda: any("memory_store" in event.text for event in watcher.events_of("tomato", "service-late")),
+        "there is no event of it",
+    )
 
 
-def test_the_silence_while_it_had_no_broker_is_nobodys(voice: VoiceOf, start_presence: StartPresence) -> None:
+def test_the_silence_while_it_had_no_broker_is_nobodys(start_presence: StartPresence) -> None:
+    clock = Ahead()
     with EmbeddedBroker() as broker:
-        presence = start_presence(url=broker.url, liveness=Liveness({"service_state": 0.8}))
+        presence = start_presence(url=broker.url, liveness=clock)
+        wait_for(lambda: presence.bus.connected, "it does not connect")
         peer = Voice(broker.url, "sprout", "memory_store")
         try:
-            peer.keep_speaking()
-            wait_for(lambda: presence._liveness.speakers(), "the peer is not heard")
+            peer.say()
+            wait_for(lambda: "sprout/memory_store" in clock.live(), "the peer is not heard")
             kill_broker(broker)
-            peer.keep_speaking(False)
-            time.sleep(2.5)  # longer than a late speaker is given: this must not count
+            wait_for(lambda: not presence.bus.connected, "the loss is not noticed")
+            clock.skip()
             broker.start()
             wait_for(lambda: presence.bus.connected and peer.bus.connected, "not connected again")
-            peer.keep_speaking()
-            wait_for(lambda: presence._liveness.speakers()[0].liveness == "live", "it is not live again")
+            peer.say()
+            wait_for(lambda: "sprout/memory_store" in clock.live(), "it is not live again")
             assert presence.bus.counters["peer.late"] == 0
         finally:
             peer.close()
