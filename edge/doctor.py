@@ -177,7 +177,7 @@ def _broker(config: Config) -> Check:
         if answers_connect(host, int(port)):
             return Check("broker", OK, f"embedded, answers at {running.broker_url}")
         return Check("broker", FAILED, f"embedded, does not answer at {running.broker_url}", "mindstream status")
-    if settings.port and answers_connect("127.0.0.1", settings.port, timeout_s=0.5):
+    if settings.port and answers_connect("127.0.0.1", settings.port, timeout_s=2.0):
         return Check(
             "broker",
             FAILED,

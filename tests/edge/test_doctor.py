@@ -18,6 +18,7 @@ from edge import doctor, units
 from edge.doctor import FAILED, OK, WARNING, Check, examine
 from edge.model_pull import pull_folder
 from edge.models import converted_name, default_cache_folder, known_models, publish
+from tests.support.ports import free_port
 
 MODEL = known_models()[0]
 
@@ -135,9 +136,7 @@ def port_of_another_program(it: Situation) -> None:
 
 def broker_away(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "BROKER_TIMEOUT_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    it.set("broker", "url", f"mqtt://127.0.0.1:{port}")
+    it.set("broker", "url", f"mqtt://127.0.0.1:{free_port()}")
 
 
 def password_for_all(it: Situation) -> None:

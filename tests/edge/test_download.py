@@ -21,6 +21,7 @@ import pytest
 from edge.download import check_url, download, part_path, request_for
 from protocol.errors import DownloadError, StorageError
 from tests.edge.file_server import Answer, FileServer, file_server, self_signed
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE_S, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,15 +226,13 @@ def test_a_refusal_is_final_and_says_why(server: FileServer, target: Path, statu
 
 def test_a_server_that_says_nothing_more_is_left_after_the_timeout(server: FileServer, target: Path) -> None:
     server.plan = [Answer(hold_after=100_000)]
-    said = fetch(server, target, timeout_s=0.2)
-    assert "nothing came for 0.2 s" in said[0]
+    said = fetch(server, target, timeout_s=1.5)
+    assert "nothing came for 1.5 s" in said[0]
     assert server.ranges_asked()[-1] == "bytes=100000-"
 
 
 def test_nobody_there_is_said_with_what_to_do(target: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(DownloadError, match="Connection refused") as caught:
         download(f"http://127.0.0.1:{port}/x", target, sha256=DIGEST, retries=1, backoff_s=0.001)
     assert "network" in caught.value.hint
@@ -406,7 +405,7 @@ def test_a_disk_that_fills_up_keeps_what_has_come(server: FileServer, tmp_path: 
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=150,
     )
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"this machine lets us mount nothing: {done.stderr.strip()}")

@@ -250,7 +250,7 @@ def test_an_accepted_command_survives_kill_9_and_this_boots_clock_judges_it(tmp_
     path = tmp_path / "journal.db"
     received, payload = ask()
     child = subprocess.run(
-        [sys.executable, "-c", ACCEPT_AND_DIE, str(path), received.topic.raw, payload.hex()], timeout=60
+        [sys.executable, "-c", ACCEPT_AND_DIE, str(path), received.topic.raw, payload.hex()], timeout=150
     )
     assert child.returncode == -9
     database = open_database(path, schema=JOURNAL)

@@ -24,6 +24,7 @@ from edge.journald import SEND_TIMEOUT_S, encode_entry
 from edge.logs import JournalHandler, JsonFormatter, message_of, set_up_logging, wrapped
 from protocol.errors import BadSignature, MalformedMessage, MindstreamError
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.waiting import DEADLINE_S
 
 SECRET = "correct-horse-battery-staple"
 
@@ -35,7 +36,7 @@ class Journal:
         self.path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
-        self._socket.settimeout(10)
+        self._socket.settimeout(DEADLINE_S)
 
     def entry(self) -> dict[str, str]:
         """The next entry, out of the datagram or the memfd that came with it."""
@@ -216,14 +217,17 @@ def test_a_journal_that_takes_nothing_does_not_hold_a_service_up(
     log: logging.Logger, journal: Journal, tmp_path: Path
 ) -> None:
     took_s = []
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + DEADLINE_S
     # Nobody reads: the socket's queue fills up, one send waits for its timeout, and then none does for a while.
     while len((tmp_path / "fallback").read_bytes()) < 50_000:
         assert time.monotonic() < deadline_s
         began_s = time.monotonic()
         log.info("filling it %s", "x" * 1000)
         took_s.append(time.monotonic() - began_s)
-    assert len([each for each in took_s if each > SEND_TIMEOUT_S / 2]) == 1
+    not_taken = (tmp_path / "fallback").read_text().count("filling it")
+    assert max(took_s) > SEND_TIMEOUT_S / 2, "one of them waits"
+    assert not_taken > 20
+    assert sum(took_s) < not_taken / 2 * SEND_TIMEOUT_S, "the others do not, however slow this machine is"
 
 
 def test_auto_takes_the_journal_only_when_stderr_is_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -259,7 +263,7 @@ def test_json_has_the_same_fields_one_object_a_line(
     assert entry["MESSAGE"].startswith("failed: comparing\nTraceback")
     assert entry["MINDSTREAM_ERROR_REASON"] == "no answer"
     assert entry["MINDSTREAM_SERVICE"] == "sync_bridge"
-    assert abs(int(entry["__REALTIME_TIMESTAMP"]) / 1e6 - time.time()) < 60
+    assert abs(int(entry["__REALTIME_TIMESTAMP"]) / 1e6 - time.time()) < 600
     assert message_of(line) == "failed: comparing"
 
 
@@ -345,7 +349,7 @@ def _run(node: Node, *words: str) -> str:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     return done.stdout + done.stderr

@@ -48,7 +48,7 @@ def run(*arguments: str) -> Any:
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
         stdin=subprocess.DEVNULL,
     )
@@ -96,7 +96,7 @@ def test_ctrl_c_keeps_what_came_and_says_so(server: FileServer, cache: Path) -> 
     try:
         wait_for(lambda: part_size(cache) == 1_500_000, "the first part")
         child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=20)
+        _, said = child.communicate(timeout=DEADLINE_S)
     finally:
         child.kill()
         child.communicate()
@@ -128,7 +128,7 @@ def test_after_kill_9_the_next_pull_goes_on_and_a_second_waits_for_it(server: Fi
     said = [second.stderr.readline() for _ in range(3)]
     assert "waiting: another process is at work on tiny" in said[-1]
     server.release.set()
-    results = [json.loads(process.communicate(timeout=30)[0]) for process in (first, second)]
+    results = [json.loads(process.communicate(timeout=DEADLINE_S)[0]) for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0]
     assert results[0] == results[1]
     assert server.ranges_asked() == ["", "bytes=1000000-"]

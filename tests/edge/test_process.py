@@ -7,12 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from edge.process import MAX_LINE_BYTES, RotatingLog, free_bytes, start_child
 from protocol.errors import MindstreamError
-from tests.support.nodes import CHECKOUT, wait_for
+from tests.support.nodes import CHECKOUT, runs, wait_for
 from tests.support.waiting import DEADLINE_S
 
 
@@ -28,7 +27,7 @@ def test_every_line_of_both_streams_is_passed_on_and_the_last_one_kept() -> None
         on_line=lines.append,
     )
     assert child.wait(DEADLINE_S) == 0
-    child.drain()
+    child.drain(DEADLINE_S)
     assert lines == [b"one", b"two", b""]
     assert child.last_line == "two"
 
@@ -37,7 +36,7 @@ def test_a_line_without_an_end_is_passed_on_in_pieces() -> None:
     pieces: list[bytes] = []
     child = start_child(python(f"print('x' * {3 * MAX_LINE_BYTES})"), on_line=pieces.append)
     assert child.wait(DEADLINE_S) == 0
-    child.drain()
+    child.drain(DEADLINE_S)
     assert max(map(len, pieces)) <= MAX_LINE_BYTES
     assert b"".join(pieces) == b"x" * 3 * MAX_LINE_BYTES
 
@@ -45,7 +44,7 @@ def test_a_line_without_an_end_is_passed_on_in_pieces() -> None:
 def test_a_child_that_ends_when_asked_is_not_killed() -> None:
     child = start_child(python("import time; time.sleep(600)"))
     child.terminate()
-    assert child.wait_or_kill(20)
+    assert child.wait_or_kill(DEADLINE_S)
     assert child.poll() == -15
 
 
@@ -65,7 +64,7 @@ def test_a_program_that_is_not_there_says_so_in_its_last_line() -> None:
     # The shim that ties a child to its parent starts, and the program does not.
     child = start_child(["/nowhere/program"], on_line=lambda _line: None)
     assert child.wait(DEADLINE_S) != 0
-    child.drain()
+    child.drain(DEADLINE_S)
     assert "/nowhere/program" in child.last_line
 
 
@@ -78,11 +77,11 @@ def test_children_die_with_a_parent_that_is_killed() -> None:
     parent = subprocess.Popen(python(program), stdout=subprocess.PIPE, cwd=CHECKOUT)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    assert psutil.pid_exists(pid)
+    assert runs(pid)
     parent.kill()
     parent.wait(DEADLINE_S)
     parent.stdout.close()
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "an orphan")
+    wait_for(lambda: not runs(pid), "an orphan")
 
 
 def test_log_files_stay_within_their_bounds(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from edge.keys import load_or_create_identity
 from edge.node_lock import running_in
 from protocol.codec import Received
 from protocol.messages import Event, NodeState
-from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, runs, wait_for
 from tests.support.waiting import DEADLINE_S
 
 FAST = "[supervisor]\nrestart_limit = 2\nbackoff_first_s = 0.05\nbackoff_max_s = 0.2\nstop_timeout_s = 40\n"
@@ -52,13 +52,6 @@ def watcher(embedded_broker: EmbeddedBroker) -> Iterator[Watcher]:
 def pid_of(watcher: Watcher, service: str) -> int:
     state = watcher.services.get(("tomato", service))
     return state.pid if state is not None else 0
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def run_to_end(config: Path, timeout_s: float = 120.0) -> tuple[int, str]:
@@ -94,7 +87,7 @@ def test_a_node_becomes_ready_and_sigterm_ends_all_of_it(
         assert state.pid == pid_of(watcher, "presence")
         pids = [pid_of(watcher, service) for service in MEMORY_SERVICES]
         assert node.stop() == 0
-        assert not any(map(alive, pids))
+        assert not any(map(runs, pids))
         wait_for(lambda: watcher.node_state("tomato") == "disconnected", "no goodbye")
         gone = [("tomato", service, "disconnected") for service in reversed(MEMORY_SERVICES)]
         # In the reverse order of the table.
@@ -190,7 +183,7 @@ def test_kill_nine_of_the_supervisor_leaves_no_orphan_and_says_lost(
         found.wait_node_ready("tomato", MEMORY_SERVICES)
         pids = [pid_of(found, service) for service in MEMORY_SERVICES]
         node.kill()
-        wait_for(lambda: not any(map(alive, pids)), "an orphan is left")
+        wait_for(lambda: not any(map(runs, pids)), "an orphan is left")
         wait_for(lambda: found.node_state("tomato") == "lost", "the broker does not say so")
 
 
@@ -309,7 +302,7 @@ def test_a_second_signal_does_not_wait_for_a_service_that_hangs(
         wait_for(lambda: "stopping tomato" in node.log, "it does not stop")
         node.process.send_signal(signal.SIGINT)
         assert node.process.wait(DEADLINE_S) == 0
-        assert not alive(pid)
+        assert not runs(pid)
         assert "killed" in node.log
 
 

@@ -117,7 +117,7 @@ def test_a_past_that_is_replayed_commands_nobody_and_does_nothing_twice(
     watcher = Watcher(url)
     node.start()
     try:
-        watcher.wait_ready("tomato", ("memory_store",))
+        watcher.wait_node_ready("tomato", ("memory_store",))
         with recording_process(path, url) as program:
             for number in range(3):
                 watcher.bus.ask("tomato", MemoryPut(f"plum {number}"), ttl_ms=TTL_MS)

@@ -37,7 +37,9 @@ from protocol.messages import (
 )
 from tests.support.golden_replay import FOLDER, NODE, golden_identity, prepare_node, start_service
 from tests.support.nodes import wait_for
-from tests.support.waiting import DEADLINE_S, TTL_MS
+from tests.support.waiting import DEADLINE_S
+
+TTL_MS = 20_000
 
 
 class Scene:

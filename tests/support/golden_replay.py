@@ -41,15 +41,15 @@ NODE = "tomato"
 """The node whose service is replayed."""
 PEERS = ("sprout",)
 """Nodes that it trusts."""
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long it may take to start and to end."""
-GATE_S = 20.0
+GATE_S = 60.0
 """How long it may take for what the recording waits for."""
-SAY_S = 10.0
+SAY_S = 60.0
 """How long, after the whole recording, for what it has still to say."""
 TTL_STEP_MS = 10_000
 """A time to live is compared rounded up to this: an ask is sent with what is left of it."""
-QUIET_S = 1.5
+QUIET_S = 3.0
 """For a new golden file: the service has said everything when it has been quiet this long."""
 
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

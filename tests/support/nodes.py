@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import psutil
 
 from broker.base import Broker
 from broker.child import spawn
@@ -23,6 +24,14 @@ from tests.support.waiting import DEADLINE_S, wait_for
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MEMORY_SERVICES = ("memory_store", "sync_bridge")
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and not only its exit code that its parent has not taken note of yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill_broker(broker: Broker) -> None:
