@@ -184,7 +184,23 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
     conversations_in_memory: Annotated[
         int,
         Meta(ge=1, le=10_000, description="Conversations with a KV cache in memory; the one unused for longest goes."),
-    ] = 8
+    ] = 64
+    kv_memory_mib: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Memory that all KV caches may take together, in MiB; who does not fit waits. 0: half of what "
+            "is free once the model is loaded.",
+        ),
+    ] = 0
+    parked_mib: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Room on the disk for KV caches of conversations that had to leave the memory, in MiB; the "
+            "oldest go. 0: none, their tokens are read again.",
+        ),
+    ] = 2048
     max_batch: Annotated[
         int,
         Meta(

@@ -48,6 +48,12 @@ class Answer:
         self.queued_ms = (time.monotonic() - run.asked_s) * 1000
         self.shared_tokens = 0
         self.dropped_tokens = 0
+        self.keys: list[bytes] = []
+        """Of the whole chunks of its prompt (``prefixes.chunk_keys``)."""
+        self.common_chunks = 0
+        """Of those, how many other prompts began with."""
+        self.tried_again = False
+        """Whether its prompt was read a second time, for want of memory."""
         self._stream, self._before = _said_so_far(chat, run.ask, conversation)
         for token in self.state.answer:  # of an answer that a restart cut
             self._stream.push(token)
@@ -74,7 +80,7 @@ class Answer:
     def end(self) -> RunDone:
         """The run's end, the answer having its ``finish_reason``; it now stands in the conversation's history."""
         conversation, state, timing = self.conversation, self.state, self.state.timing
-        if conversation.chats:
+        if conversation.messages:  # a chat, and no plain text
             if conversation.messages[-1].role == "assistant":
                 conversation.messages[-1].content = self._stream.text
             else:

@@ -1,24 +1,30 @@
 """Conversations: what of them outlives the process, and which have their KV cache in memory.
 
-Tokens, messages and the sampler's state are committed at the end of every run. A cache is not: after a restart, or
-when it had to make room, the tokens are read again (close, not bit-equal), and the counters say so. A snapshot is
-the exact way to keep one.
+Tokens, messages and the sampler's state are committed at the end of every run, and now and then in the middle of one
+(a checkpoint, so that a long answer is not lost with the process). A cache that had to make room is parked on disk
+and comes back bit for bit; where that cannot be, and after a restart, the tokens are read again (close, not
+bit-equal), and the counters say so. A snapshot is the exact way to keep one.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from edge.db import Database, Schema, fetch_all, fetch_one
 from protocol.errors import ConversationUnknown, ModelError
 from protocol.messages import ChatMessage
+from services.model_runner import snapshot
 from services.model_runner.engine import Engine
 from services.model_runner.generation import GenerationSettings, GenerationState, begin
+from services.model_runner.parking import Fetched, Parking
 from services.model_runner.sampling import Sampler
+
+Evicted = Literal["parked", "tokens", "gone"]
+"""What is left of a conversation whose cache had to go: the cache on disk, its tokens, or nothing."""
 
 CONVERSATIONS = Schema(
     "conversations",
@@ -30,6 +36,13 @@ CONVERSATIONS = Schema(
             tokenizer BLOB NOT NULL,    -- digest: token ids mean nothing to another tokenizer
             record BLOB NOT NULL,       -- msgpack of Record
             updated_us INTEGER NOT NULL
+        );
+        """,
+        """
+        CREATE TABLE checkpoints (      -- of answers under way
+            name TEXT PRIMARY KEY,
+            tokenizer BLOB NOT NULL,
+            record BLOB NOT NULL        -- msgpack of Record; last_command is the ask that is being answered
         );
         """,
     ),
@@ -64,14 +77,19 @@ class Conversation:
         self.last_command = ""
         self.keep = True
         """Whether it is kept on disk; else it goes when its memory is wanted."""
+        self.whole_chunks: list[bytes] = []
+        """Keys (``prefixes.chunk_keys``) of the chunks at its beginning that its cache has from whole chunks of
+        prefill."""
+        self.closed = False
+        """Its cache is gone."""
 
-    @property
-    def chats(self) -> bool:
-        """Whether it speaks in messages, by the model's chat template; else it is plain text."""
-        return bool(self.messages)
+    def close(self) -> None:
+        """Give the cache's memory back."""
+        self.closed = True
+        self.state.cache.close()
 
-    def record(self) -> Record:
-        """What is to be kept on disk."""
+    def record(self, command: str = "") -> Record:
+        """What is to be kept on disk; ``command`` is the ask that is being answered, if one is."""
         state = self.state
         return Record(
             tokens=state.tokens,
@@ -82,8 +100,21 @@ class Conversation:
             sampler=state.sampler.to_state(),
             settings=state.settings,
             capacity_tokens=state.cache.capacity_tokens,
-            last_command=self.last_command,
+            last_command=command or self.last_command,
         )
+
+
+class History(NamedTuple):
+    """What a conversation's next turn builds on."""
+
+    tokens: list[int]
+    """All of them, the pending one last."""
+    messages: list[ChatMessage]
+
+    @property
+    def chats(self) -> bool:
+        """Whether it speaks in messages, by the model's chat template; else it is plain text."""
+        return bool(self.messages)
 
 
 def unknown(name: str) -> ConversationUnknown:
@@ -97,14 +128,16 @@ def unknown(name: str) -> ConversationUnknown:
 
 
 class Conversations:
-    """The conversations of one node and one model. Used by the worker thread alone, but for ``names``.
+    """The conversations of one node and one model. Used by the worker thread alone, but for ``names`` and what says
+    otherwise.
 
     Args:
         db: opened with the schema ``CONVERSATIONS``.
         engine: the model that they speak with.
         in_memory: how many may have a KV cache at one time; the one unused for longest goes first.
         now_us: the wall clock, for people.
-        on_evict: called with the name of a conversation whose cache had to go.
+        on_evict: called with the name of a conversation whose cache had to go, and what is left of it.
+        parking: where their caches go; None: nowhere.
     """
 
     def __init__(
@@ -114,16 +147,20 @@ class Conversations:
         *,
         in_memory: int,
         now_us: Callable[[], int],
-        on_evict: Callable[[str], None],
+        on_evict: Callable[[str, Evicted], None],
+        parking: Parking | None = None,
     ) -> None:
         self._db = db
         self._engine = engine
         self._in_memory = in_memory
         self._now_us = now_us
         self._on_evict = on_evict
+        self.parking = parking
         self._live: OrderedDict[str, Conversation] = OrderedDict()
         self.in_use: set[str] = set()
         """Conversations that are being answered: they stay in memory, or two states of one would come to be."""
+        with db.read("looking for answers that were cut short") as connection:
+            self._checkpoints = {name for (name,) in fetch_all(connection, "SELECT name FROM checkpoints")}
 
     def names(self) -> list[str]:
         """Every conversation on this node, the newest first."""
@@ -132,31 +169,30 @@ class Conversations:
                 name for (name,) in fetch_all(connection, "SELECT name FROM conversations ORDER BY updated_us DESC")
             ]
 
-    def find(self, name: str) -> Conversation | None:
-        """A conversation, from memory or from its tokens on disk (its cache is then empty until it is used)."""
+    # --- looking --------------------------------------------------------------------------------------------
+
+    def live(self, name: str) -> Conversation | None:
+        """A conversation that is in memory."""
         known = self._live.get(name)
         if known is not None:
             self._live.move_to_end(name)
+        return known
+
+    def history(self, name: str) -> History | None:
+        """What a conversation's next turn builds on, without taking it into memory. Raises ModelError."""
+        known = self._live.get(name)
+        if known is not None:
+            return History(known.state.tokens, known.messages)
+        record = self._record("conversations", name)
+        return None if record is None else History(record.tokens, record.messages)
+
+    def find(self, name: str) -> Conversation | None:
+        """A conversation, from memory or from its tokens on disk (its cache is then empty until it is used)."""
+        known = self.live(name)
+        if known is not None:
             return known
-        with self._db.read(f"reading conversation {name}") as connection:
-            row = fetch_one(connection, "SELECT tokenizer, record FROM conversations WHERE name = ?", (name,))
-        if row is None:
-            return None
-        if row[0] != self._engine.spec.digests.tokenizer:
-            raise ModelError(
-                f"going on with conversation {name!r}: it was held with a model of another tokenizer",
-                hint="begin a new conversation, or start the model runner with that model",
-                reason="other tokenizer",
-            )
-        record = msgspec.msgpack.decode(row[1], type=Record)
-        capacity = min(record.capacity_tokens, self._engine.spec.context_tokens)
-        state = begin(self._engine, record.tokens, settings=record.settings, capacity_tokens=capacity)
-        state.sampler = Sampler.from_state(record.sampler)
-        state.new_tokens = record.new_tokens
-        state.finish_reason = record.finish_reason
-        conversation = Conversation(name, state, record.messages, record.turn_start)
-        conversation.last_command = record.last_command
-        return self.hold(conversation)
+        record = self._record("conversations", name)
+        return None if record is None else self.hold(self._of(name, record))
 
     def get(self, name: str) -> Conversation:
         """Like find(); raises ConversationUnknown."""
@@ -165,37 +201,134 @@ class Conversations:
             raise unknown(name)
         return found
 
+    def idle(self) -> list[Conversation]:
+        """Those in memory that are not being answered, the one unused for longest first."""
+        return [each for name, each in self._live.items() if name not in self.in_use]
+
+    def busy(self) -> list[Conversation]:
+        """Those in memory that are being answered."""
+        return [each for name, each in self._live.items() if name in self.in_use]
+
+    def _record(self, table: str, name: str) -> Record | None:
+        with self._db.read(f"reading conversation {name}") as connection:
+            row = fetch_one(connection, f"SELECT tokenizer, record FROM {table} WHERE name = ?", (name,))
+        if row is None:
+            return None
+        if row[0] != self._engine.spec.digests.tokenizer:
+            raise ModelError(
+                f"going on with conversation {name!r}: it was held with a model of another tokenizer",
+                hint="begin a new conversation, or start the model runner with that model",
+                reason="other tokenizer",
+            )
+        return msgspec.msgpack.decode(row[1], type=Record)
+
+    def _of(self, name: str, record: Record) -> Conversation:
+        capacity = min(record.capacity_tokens, self._engine.spec.context_tokens)
+        state = begin(self._engine, record.tokens, settings=record.settings, capacity_tokens=capacity)
+        state.sampler = Sampler.from_state(record.sampler)
+        state.new_tokens = record.new_tokens
+        state.finish_reason = record.finish_reason
+        conversation = Conversation(name, state, record.messages, record.turn_start)
+        conversation.last_command = record.last_command
+        return conversation
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
     def hold(self, conversation: Conversation) -> Conversation:
         """Keep it in memory, in place of any other of its name, making room if need be."""
         before = self._live.get(conversation.name)
         if before is not None and before is not conversation:
-            before.state.cache.close()
+            before.close()
         self._live[conversation.name] = conversation
         self._live.move_to_end(conversation.name)
         while len(self._live) > self._in_memory:
-            name = next((each for each in self._live if each != conversation.name and each not in self.in_use), None)
-            if name is None:
+            idle = next((each for each in self.idle() if each is not conversation), None)
+            if idle is None:
                 break
-            self._live.pop(name).state.cache.close()
-            self._on_evict(name)
+            self.evict(idle)
         return conversation
+
+    def evict(self, conversation: Conversation) -> None:
+        """Free the memory of an idle one: its cache is parked where it can be."""
+        del self._live[conversation.name]
+        left: Evicted = "tokens" if conversation.keep else "gone"
+        if conversation.keep and self.parking is not None and conversation.state.prefilled:
+            extra = {"whole_chunks": [key.hex() for key in conversation.whole_chunks]}
+            copied = snapshot.copy(
+                self._engine, conversation.state, conversation=conversation.name, creator="", extra=extra
+            )
+            if self.parking.park(copied):
+                left = "parked"
+        conversation.close()
+        self._on_evict(conversation.name, left)
+
+    def restore(self, fetched: Fetched) -> Conversation:
+        """Take a parked conversation into memory. Raises SnapshotRefused when it is of another model or numerics, or
+        not of the tokens that were kept."""
+        name = fetched.manifest.conversation
+        record = self._record("conversations", name)
+        reason = snapshot.why_not_exact(self._engine, fetched.manifest)
+        if record is None or reason:
+            raise snapshot.refused(fetched.manifest, "fingerprint", reason or "the conversation is not kept any more")
+        unpacked = snapshot.unpack(self._engine, fetched.manifest, fetched.chunks)
+        if unpacked.state.tokens != record.tokens:
+            unpacked.state.cache.close()
+            raise snapshot.refused(fetched.manifest, "tokens", "the conversation has gone on since")
+        state = unpacked.state
+        state.sampler = Sampler.from_state(record.sampler)
+        state.settings, state.new_tokens, state.finish_reason = record.settings, record.new_tokens, record.finish_reason
+        conversation = Conversation(name, state, record.messages, record.turn_start)
+        conversation.last_command = record.last_command
+        conversation.whole_chunks = [bytes.fromhex(key) for key in snapshot.extra_of(fetched.manifest)["whole_chunks"]]
+        return self.hold(conversation)
 
     def forget(self, name: str) -> None:
         """Let go of what is in memory of it: it is again as it was kept last."""
         known = self._live.pop(name, None)
         if known is not None:
-            known.state.cache.close()
+            known.close()
+
+    # --- keeping --------------------------------------------------------------------------------------------
+
+    def encode(self, conversation: Conversation, command: str = "") -> bytes:
+        """What is to be kept of it, for ``keep`` or ``keep_checkpoints``."""
+        return msgspec.msgpack.encode(conversation.record(command))
 
     def save(self, conversation: Conversation) -> None:
         """Commit it. Raises StorageError."""
-        with self._db.transaction(f"keeping conversation {conversation.name}") as connection:
+        self.keep(conversation.name, self.encode(conversation))
+
+    def keep(self, name: str, record: bytes) -> None:
+        """Commit an encoded conversation, in place of any checkpoint of it. On any thread. Raises StorageError."""
+        with self._db.transaction(f"keeping conversation {name}") as connection:
             connection.execute(
                 "INSERT INTO conversations (name, tokenizer, record, updated_us) VALUES (?1, ?2, ?3, ?4)"
                 " ON CONFLICT (name) DO UPDATE SET tokenizer = ?2, record = ?3, updated_us = ?4",
-                (
-                    conversation.name,
-                    self._engine.spec.digests.tokenizer,
-                    msgspec.msgpack.encode(conversation.record()),
-                    self._now_us(),
-                ),
+                (name, self._engine.spec.digests.tokenizer, record, self._now_us()),
             )
+            if name in self._checkpoints:
+                connection.execute("DELETE FROM checkpoints WHERE name = ?", (name,))
+        self._checkpoints.discard(name)
+
+    def keep_checkpoints(self, records: dict[str, bytes]) -> None:
+        """Commit how far answers under way have come. On any thread. Raises StorageError."""
+        tokenizer = self._engine.spec.digests.tokenizer
+        with self._db.transaction(f"keeping {len(records)} answers under way") as connection:
+            connection.executemany(
+                "INSERT INTO checkpoints (name, tokenizer, record) VALUES (?1, ?2, ?3)"
+                " ON CONFLICT (name) DO UPDATE SET tokenizer = ?2, record = ?3",
+                [(name, tokenizer, record) for name, record in records.items()],
+            )
+        self._checkpoints.update(records)
+
+    def checkpoint(self, name: str, command: str) -> Conversation | None:
+        """The conversation in the middle of the answer to ``command``, as far as it was kept, its cache empty."""
+        record = self._record("checkpoints", name) if name in self._checkpoints else None
+        return None if record is None or record.last_command != command else self._of(name, record)
+
+    def drop_checkpoint(self, name: str) -> None:
+        """The answer under way has come to nothing. On any thread. Raises StorageError."""
+        if name in self._checkpoints:
+            with self._db.transaction(f"forgetting half an answer of {name}") as connection:
+                connection.execute("DELETE FROM checkpoints WHERE name = ?", (name,))
+            self._checkpoints.discard(name)

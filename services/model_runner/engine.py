@@ -145,6 +145,14 @@ class Engine(ABC):
         Raises ContextOverflow when the model's context is shorter.
         """
 
+    def cache_bytes(self, tokens: int, capacity_tokens: int) -> int:
+        """Memory that a cache of ``capacity_tokens`` takes once it has held ``tokens`` positions."""
+        values = sum(
+            2 * layer.kv_heads * layer.head_dim * layer.held_tokens(min(tokens, capacity_tokens))
+            for layer in self.spec.layers
+        )
+        return values * DTYPE_BYTES[self.spec.dtype]
+
     @abstractmethod
     def prefill(
         self,

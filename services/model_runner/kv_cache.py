@@ -30,6 +30,14 @@ def allocated_tokens(held: int, capacity: int) -> int:
     return min(size, capacity)
 
 
+def layer_tokens(spec: LayerSpec, tokens: int, capacity: int) -> int:
+    """Positions that a layer has storage for once it has held ``tokens``."""
+    if spec.kind == "full":
+        return allocated_tokens(tokens, capacity)
+    first = allocated_tokens(0, capacity)
+    return first if tokens <= first else max(first, 2 * spec.window_tokens + PREFILL_CHUNK_TOKENS)
+
+
 class _Layer(CacheLayerMixin):
     """What both kinds share: storage, its growth, and the figures that transformers asks for."""
 

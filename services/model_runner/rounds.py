@@ -1,28 +1,37 @@
 """Rounds: the scheduler's decisions carried out on one engine, for many conversations.
 
-All of it runs on the worker's thread. Between two rounds the state of every conversation is whole. A failure is its
+All of it runs on the worker's thread; commits and the reading of parked conversations have threads of their own, and
+what they have done is taken up between two rounds. There the state of every conversation is whole. A failure is its
 run's own: the others go on.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
-from protocol.errors import MindstreamError, to_wire
+from protocol.errors import MindstreamError, ModelError, to_wire
 from protocol.messages import RunDone, RunToken, Usage
 from services.model_runner.answers import Answer, Run, given_before
 from services.model_runner.chat import ChatFormat
-from services.model_runner.conversations import Conversations
+from services.model_runner.conversations import Conversation, Conversations
 from services.model_runner.engine import Engine, chunk_ends
 from services.model_runner.generation import accept, context_full
+from services.model_runner.prefixes import chunk_keys
+from services.model_runner.room import Room
 from services.model_runner.scheduler import Scheduler, Work
-from services.model_runner.turns import prepare
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT_S = 5.0
+"""So often the tokens of answers under way are kept, in case the process dies."""
+_AT_FAULT = re.compile(r"steps\[(\d+)\]")
 
 
 @dataclass
@@ -37,6 +46,10 @@ class Loaded:
     """Why the engine runs where it does."""
     max_batch: int = 0
     """Answers that are decoded together; 0: as many as the engine takes, 1: each alone, bit for bit the same."""
+    kv_budget_bytes: int = 2**62
+    """What all KV caches may take together."""
+    budget_reason: str = ""
+    """Why so much."""
 
 
 @dataclass
@@ -47,6 +60,8 @@ class Totals:
     tokens: int = 0
     chunks: int = 0
     shared_tokens: int = 0
+    restored: int = 0
+    """Conversations that came back from disk bit for bit."""
 
     @property
     def batch_mean(self) -> float:
@@ -54,6 +69,19 @@ class Totals:
         return self.tokens / self.steps if self.steps else 0.0
 
 
+Report = Callable[[str, str], None]
+"""Called with the name of a counter and what happened, to be said as an event; an empty text is only counted."""
+
+
+@dataclass
+class _Landed:
+    """What another thread has done for a run."""
+
+    work: Work
+    then: Callable[[], None]
+
+
+@dataclass
 class Rounds:
     """The runs of one model.
 
@@ -61,115 +89,248 @@ class Rounds:
         loaded: the model.
         scheduler: decides; shared with the worker, under ``lock``.
         runs: what each work of the scheduler is.
+        lock: notified when another thread has done something for a run.
         say_token: called with a run's id and each of its tokens.
+        report: called with what should be counted and said.
     """
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        scheduler: Scheduler,
-        runs: dict[Work, Run],
-        lock: threading.Condition,
-        say_token: Callable[[str, RunToken], None],
-    ) -> None:
-        self._loaded = loaded
+    loaded: Loaded
+    scheduler: Scheduler
+    runs: dict[Work, Run]
+    lock: threading.Condition
+    say_token: Callable[[str, RunToken], None]
+    report: Report
+    totals: Totals = field(default_factory=Totals)
+    last_usage: Usage | None = None
+    _answers: dict[Work, Answer] = field(default_factory=dict)
+    _landed: deque[_Landed] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        loaded = self.loaded
         self._engine = loaded.engine
-        self._scheduler = scheduler
-        self._runs = runs
-        self._lock = lock
-        self._say_token = say_token
-        self._answers: dict[Work, Answer] = {}
-        self.totals = Totals()
-        self.last_usage: Usage | None = None
-        scheduler.max_batch = min(loaded.max_batch or loaded.engine.max_batch, loaded.engine.max_batch)
+        self._conversations = loaded.conversations
+        self.scheduler.max_batch = min(loaded.max_batch or loaded.engine.max_batch, loaded.engine.max_batch)
+        self.room = Room(
+            loaded.engine, loaded.chat, loaded.conversations, loaded.kv_budget_bytes, loaded.max_context_tokens
+        )
+        if loaded.conversations.parking is not None:
+            loaded.conversations.parking.on_change = self.room_changed
+        self._keeper = ThreadPoolExecutor(1, "conversation keeper")
+        self._checkpoint_s = time.monotonic()
 
     @property
     def answering(self) -> list[str]:
         """Conversations whose run has begun."""
         return [work.conversation for work in tuple(self._answers)]
 
+    def stop(self) -> None:
+        """Keep how far the answers under way have come, and end. The worker's thread has ended."""
+        self._keep_checkpoints()
+        self._keeper.shutdown(wait=True)
+        if self._conversations.parking is not None:
+            self._conversations.parking.stop()
+
+    def room_changed(self) -> None:
+        """There may be room for another run. On any thread."""
+        with self.lock:
+            self.scheduler.changed = True
+            self.lock.notify_all()
+
+    def _land(self, work: Work, future: Future[None], then: Callable[[], None]) -> None:
+        """``then`` on the worker's thread, when ``future`` is done."""
+
+        def done(_: Future[None]) -> None:
+            self._landed.append(_Landed(work, then))
+            self.room_changed()
+
+        future.add_done_callback(done)
+
     # --- beginning ------------------------------------------------------------------------------------------
 
     def begin_waiting(self) -> None:
-        """Begin every run for which there is room."""
-        with self._lock:
-            if not self._scheduler.changed:
+        """Begin every run for which there is room, and take up what other threads have done."""
+        with self.lock:
+            if not self.scheduler.changed:
                 return
-            self._scheduler.changed = False
+            self.scheduler.changed = False
+        while self._landed:
+            landed = self._landed.popleft()
+            self._attempt(landed.work, landed.then)
         while True:
-            with self._lock:
-                work = self._scheduler.next_to_begin(lambda _: True)
+            with self.lock:
+                work = self.scheduler.next_to_begin(lambda work: self.room.fits(work, self.runs[work]))
                 if work is None:
                     return
-                self._scheduler.move(work, "away")
-                run = self._runs[work]
-            try:
-                done = self._begin(work, run)
-            except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
-                self._fail(work, run, error)
-                continue
-            if done is not None:
-                self._end(work, run, done)
+                self.scheduler.move(work, "away")
+            self._attempt(work, lambda work=work: self._begin(work))  # type: ignore[misc]
 
-    def _begin(self, work: Work, run: Run) -> RunDone | None:
+    def _attempt(self, work: Work, do: Callable[[], None]) -> None:
+        """An error ends the run and nothing else."""
+        try:
+            do()
+        except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
+            self._fail(work, error)
+
+    def _begin(self, work: Work) -> None:
+        run, name = self.runs[work], work.conversation
         if run.cancelled.is_set():
-            return run.not_begun()
-        loaded, conversations = self._loaded, self._loaded.conversations
-        found = conversations.find(work.conversation)
+            self._end(work, run.not_begun())
+            return
+        self._conversations.in_use.add(name)
+        half = self._conversations.checkpoint(name, run.command)
+        if half is not None:
+            self._conversations.hold(half)
+            self.report(
+                "resumed.answers", f"the answer to run {run.identifier} goes on after {half.state.new_tokens} tokens"
+            )
+            self._answer(work, half, dropped_tokens=0)
+            return
+        parking = self._conversations.parking
+        if parking is not None and self._conversations.live(name) is None and parking.has(name):
+            fetching = parking.fetch(name)
+            self._land(work, fetching, lambda: self._restore(work, fetching))  # type: ignore[arg-type]
+            return
+        self._begin_here(work)
+
+    def _restore(self, work: Work, fetching: Future[object]) -> None:
+        """The parked cache is in memory, or cannot be used: then the tokens are read again."""
+        try:
+            self._conversations.restore(fetching.result())  # type: ignore[arg-type]
+            self.totals.restored += 1
+            self.report("restored.kv_cache", "")
+        except MindstreamError as error:
+            self.report(
+                "refused.parked", f"{work.conversation} could not come back from disk, it is read again: {error}"
+            )
+        self._begin_here(work)
+
+    def _begin_here(self, work: Work) -> None:
+        run, name = self.runs[work], work.conversation
+        found = self._conversations.find(name)
         if found is not None and found.last_command == run.command:
-            return given_before(loaded.chat, run, found)
-        turn = prepare(loaded.engine, loaded.chat, run.ask, found, loaded.max_context_tokens)
-        conversations.in_use.add(work.conversation)
-        conversation = turn.apply(loaded.engine, loaded.max_context_tokens)
-        conversations.hold(conversation)
-        answer = Answer(run, work, conversation, loaded.chat)
-        answer.dropped_tokens = turn.dropped_tokens
+            self._end(work, given_before(self.loaded.chat, run, found))
+            return
+        turn = self.room.turn(work, run)
+        conversation = turn.apply(self._engine, found, self.loaded.max_context_tokens)
+        self._conversations.hold(conversation)
+        self._answer(work, conversation, turn.dropped_tokens)
+
+    def _answer(self, work: Work, conversation: Conversation, dropped_tokens: int) -> None:
+        answer = Answer(self.runs[work], work, conversation, self.loaded.chat)
+        answer.dropped_tokens = dropped_tokens
+        if dropped_tokens:
+            self.report("dropped.prompt_tokens", "")
+        state = conversation.state
+        answer.keys = chunk_keys(state.tokens[:-1], self._engine.chunk_tokens)
+        if not state.cache.length:
+            answer.common_chunks = self.room.prefixes.common_chunks(work.conversation, answer.keys)
         self._answers[work] = answer
         self._go_on(answer)
-        return None
 
     def _go_on(self, answer: Answer) -> None:
         """To reading its prompt, or to decoding when that is read."""
         state = answer.state
         answer.work.left_tokens = len(state.tokens) - 1 - state.cache.length
-        with self._lock:
-            self._scheduler.move(answer.work, "reading" if answer.work.left_tokens else "decoding")
+        with self.lock:
+            self.scheduler.move(answer.work, "reading" if answer.work.left_tokens else "decoding")
 
     # --- a round --------------------------------------------------------------------------------------------
 
     def round(self) -> None:
         """A chunk of one prompt, and a step of the running answers."""
-        for answer in [answer for answer in self._answers.values() if answer.run.cancelled.is_set()]:
-            answer.state.finish_reason = "cancelled"
-            self._finish(answer)
-        with self._lock:
-            read, step = self._scheduler.next_round()
+        for answer in [each for each in self._answers.values() if each.run.cancelled.is_set()]:
+            if answer.work.stage != "away":
+                answer.state.finish_reason = "cancelled"
+                self._finish(answer)
+        with self.lock:
+            read, step = self.scheduler.next_round()
         if read is not None:
-            answer = self._answers[read]
-            try:
-                self._read(answer)
-            except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
-                self._fail(read, answer.run, error)
+            self._read(self._answers[read])
         if step:
             # The chunk may have taken its time: who was cancelled meanwhile gets one token more.
             self._step([self._answers[work] for work in step])
+        now_s = time.monotonic()
+        if now_s - self._checkpoint_s > CHECKPOINT_S:
+            self._checkpoint_s = now_s
+            self._keep_checkpoints()
 
     def _read(self, answer: Answer) -> None:
-        state = answer.state
-        started = time.perf_counter()
-        start = state.cache.length
-        end = chunk_ends(start, len(state.tokens) - 1, self._engine.chunk_tokens)[0]
-        self._engine.prefill(state.cache, state.tokens[start:end])
+        state, started = answer.state, time.perf_counter()
+        try:
+            self._share(answer)
+            start = end = state.cache.length
+            if not state.prefilled:
+                end = chunk_ends(start, len(state.tokens) - 1, self._engine.chunk_tokens)[0]
+                self._engine.prefill(state.cache, state.tokens[start:end])
+                self._has_read(answer, start, end)
+        except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
+            if not self._out_of_memory(answer, error):
+                self._fail(answer.work, error)
+            return
         seconds = time.perf_counter() - started
         state.timing.prefilled_tokens += end - start
         state.timing.prefill_s += seconds
         self.totals.chunks += 1
-        with self._lock:
-            self._scheduler.charge([answer.work], seconds)
+        with self.lock:
+            self.scheduler.charge([answer.work], seconds)
         if state.prefilled:
             self._go_on(answer)
         else:
             answer.work.left_tokens = len(state.tokens) - 1 - end
+
+    def _share(self, answer: Answer) -> None:
+        """Take what another conversation has read of the same beginning, in place of reading it."""
+        conversation, state = answer.conversation, answer.state
+        own = len(conversation.whole_chunks)
+        if own >= len(answer.keys) or state.cache.length != own * self._engine.chunk_tokens:
+            return
+        found = self.room.prefixes.fork(answer.keys, own, state.cache.capacity_tokens)
+        if found is None:
+            return
+        forked, chunks = found
+        taken = forked.length - state.cache.length
+        state.cache.close()
+        state.cache = forked
+        conversation.whole_chunks = answer.keys[:chunks]
+        state.timing.reused_tokens += taken
+        answer.shared_tokens += taken
+        self.totals.shared_tokens += taken
+        if chunks == answer.common_chunks:
+            self.room.keep_prefix(answer.keys[chunks - 1], forked)
+
+    def _has_read(self, answer: Answer, start: int, end: int) -> None:
+        """Note a whole chunk, for those who come with the same beginning."""
+        conversation, chunk = answer.conversation, self._engine.chunk_tokens
+        if end % chunk or start != len(conversation.whole_chunks) * chunk or end // chunk > len(answer.keys):
+            return
+        conversation.whole_chunks.append(answer.keys[start // chunk])
+        self.room.prefixes.read(conversation)
+        if len(conversation.whole_chunks) == answer.common_chunks:
+            self.room.keep_prefix(conversation.whole_chunks[-1], answer.state.cache)
+
+    def _out_of_memory(self, answer: Answer, error: Exception) -> bool:
+        """Whether the run is tried once more, its prompt read from the start, because memory could be had."""
+        if not isinstance(error, ModelError) or error.reason != "out of memory" or answer.tried_again:
+            return False
+        answer.tried_again = True
+        freed = self.room.free_all()
+        self.report("out_of_memory.retried", f"{error}; {freed} idle caches were given up, and it is tried once more")
+        self._read_again(answer)
+        return True
+
+    def _read_again(self, answer: Answer) -> None:
+        """Its cache may be half written: its tokens are read again into a new one."""
+        state, conversation = answer.state, answer.conversation
+        self.room.prefixes.forget(conversation)
+        capacity = state.cache.capacity_tokens
+        state.cache.close()
+        conversation.whole_chunks = []
+        try:
+            state.cache = self._engine.new_cache(capacity)
+        except MindstreamError as error:
+            self._fail(answer.work, error)
+            return
+        self._go_on(answer)
 
     def _step(self, answers: list[Answer]) -> None:
         ready = []
@@ -188,53 +349,107 @@ class Rounds:
             else:
                 rows = self._engine.step_batch([(each.state.cache, each.state.tokens[-1]) for each in ready])
         except Exception as error:  # noqa: BLE001 - it is these runs' outcome, and their askers are told
-            for answer in ready:
-                self._fail(answer.work, answer.run, error)
+            self._step_failed(ready, error)
             return
         seconds = time.perf_counter() - started
         self.totals.steps += 1
         self.totals.tokens += len(ready)
-        with self._lock:
-            self._scheduler.charge([answer.work for answer in ready], seconds)
+        with self.lock:
+            self.scheduler.charge([answer.work for answer in ready], seconds)
         for answer, row in zip(ready, rows, strict=True):
             try:
                 generated = accept(self._engine, answer.state, row)
-                self._say_token(answer.run.identifier, answer.took(generated, len(ready), seconds))
+                self.say_token(answer.run.identifier, answer.took(generated, len(ready), seconds))
             except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
-                self._fail(answer.work, answer.run, error)
+                self._fail(answer.work, error)
                 continue
             if answer.state.finish_reason:
                 self._finish(answer)
+
+    def _step_failed(self, answers: list[Answer], error: Exception) -> None:
+        """One is at fault and the others can go on, or all caches may be half written and are read again, once."""
+        at_fault = _AT_FAULT.fullmatch(error.field) if isinstance(error, MindstreamError) else None
+        if at_fault is not None and int(at_fault[1]) < len(answers):
+            answer = answers[int(at_fault[1])]
+            if not self._out_of_memory(answer, error):
+                self._fail(answer.work, error)
+            return
+        if len(answers) == 1:
+            if not self._out_of_memory(answers[0], error):
+                self._fail(answers[0].work, error)
+            return
+        self.room.free_all()
+        self.report("failed.batch", f"{len(answers)} answers are read again, a step of all of them failed: {error}")
+        for answer in answers:
+            if answer.tried_again:
+                self._fail(answer.work, error)
+            else:
+                answer.tried_again = True
+                self._read_again(answer)
 
     # --- ending ---------------------------------------------------------------------------------------------
 
     def _finish(self, answer: Answer) -> None:
         """The answer has a finish reason: keep it, then say so."""
-        conversation = answer.conversation
+        conversation, work = answer.conversation, answer.work
         try:
             done = answer.end()
-            if conversation.keep:
-                self._loaded.conversations.save(conversation)
+            self.last_usage = done.usage
+            if not conversation.keep:
+                if done.finish_reason == "cancelled":
+                    self.room.prefixes.forget(conversation)
+                    self._conversations.forget(conversation.name)
+                self._end(work, done)
+                return
+            record = self._conversations.encode(conversation)
         except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
-            self._fail(answer.work, answer.run, error)
+            self._fail(work, error)
             return
-        self.last_usage = done.usage
-        if not conversation.keep and done.finish_reason == "cancelled":
-            self._loaded.conversations.forget(conversation.name)
-        self._end(answer.work, answer.run, done)
+        with self.lock:
+            self.scheduler.move(work, "away")
+        kept = self._keeper.submit(self._conversations.keep, conversation.name, record)
 
-    def _fail(self, work: Work, run: Run, error: Exception) -> None:
+        def then() -> None:
+            kept.result()
+            self._end(work, done)
+
+        self._land(work, kept, then)
+
+    def _fail(self, work: Work, error: Exception) -> None:
         """Half an answer is in memory: back to what was kept, so that the same turn can be asked again."""
+        run = self.runs[work]
         if not isinstance(error, MindstreamError):
             log.error("run %s failed", run.identifier, exc_info=error)
-        if work in self._answers:
-            self._loaded.conversations.forget(work.conversation)
-        self._end(work, run, RunDone(run.identifier, work.conversation, "", [], "error", error=to_wire(error)))
+        answer = self._answers.get(work)
+        if answer is not None:
+            self.room.prefixes.forget(answer.conversation)
+            self._conversations.forget(work.conversation)
+            self._keeper.submit(self._conversations.drop_checkpoint, work.conversation)
+        self._end(work, RunDone(run.identifier, work.conversation, "", [], "error", error=to_wire(error)))
 
-    def _end(self, work: Work, run: Run, done: RunDone) -> None:
+    def _end(self, work: Work, done: RunDone) -> None:
         self._answers.pop(work, None)
-        self._loaded.conversations.in_use.discard(work.conversation)
-        with self._lock:
-            self._scheduler.remove(work)
-            del self._runs[work]
+        self._conversations.in_use.discard(work.conversation)
+        self.room.end(work)
+        with self.lock:
+            self.scheduler.remove(work)
+            run = self.runs.pop(work)
         run.done.set_result(done)
+
+    def _keep_checkpoints(self) -> None:
+        """Keep the tokens of answers under way; the next process goes on from them."""
+        records = {
+            work.conversation: self._conversations.encode(answer.conversation, answer.run.command)
+            for work, answer in self._answers.items()
+            if answer.conversation.keep and work.stage == "decoding" and answer.state.new_tokens
+        }
+        if not records:
+            return
+
+        def keep() -> None:
+            try:
+                self._conversations.keep_checkpoints(records)
+            except MindstreamError as error:
+                self.report("failed.checkpoint", f"{len(records)} answers under way were not kept: {error}")
+
+        self._keeper.submit(keep)

@@ -44,8 +44,11 @@ from protocol.messages import (
 )
 from services.model_runner import snapshot
 from services.model_runner.answers import Run
-from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations
-from services.model_runner.rounds import Loaded
+from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
+from services.model_runner.engine import Engine
+from services.model_runner.memory import MIB, free_memory, kv_budget
+from services.model_runner.parking import Parking
+from services.model_runner.rounds import Loaded, Rounds
 from services.model_runner.saying import Sayer
 from services.model_runner.worker import Worker
 
@@ -56,6 +59,11 @@ MANIFEST_TTL_MS = 10_000
 ANSWER_MARGIN_MS = 1_000
 """So long before the asker's patience ends it is told that the holder is silent."""
 TRANSFER_TIMEOUT_S = 540.0
+EVICTED: dict[Evicted, str] = {
+    "parked": "its KV cache is parked on the disk",
+    "tokens": "its next turn reads its tokens again",
+    "gone": "it was not to be kept, and is gone",
+}
 ANSWERING_SHOWN = 8
 """Conversations that are being answered, named in the state."""
 
@@ -75,7 +83,7 @@ class ModelRunner(Service):
         self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
-        self.worker = Worker(self._load, self._say_token)
+        self.worker = Worker(self._load, self._say_token, self._report)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
         # One: each holds a copy of a KV cache until it is on the disk.
         self._savers = ThreadPoolExecutor(1, "snapshot saver")
@@ -120,8 +128,22 @@ class ModelRunner(Service):
             "queued": self.worker.queued,
             "running": len(answering),
             "batch_mean": round(rounds.totals.batch_mean, 2),
+            **self._memory_details(loaded, rounds),
             **({"answering": answering[:ANSWERING_SHOWN]} if answering else {}),
             **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
+        }
+
+    def _memory_details(self, loaded: Loaded, rounds: Rounds) -> dict[str, Any]:
+        parking = loaded.conversations.parking
+        parked, parked_bytes = parking.totals if parking is not None else (0, 0)
+        return {
+            "kv_used_mib": round(rounds.room.used_bytes / MIB, 1),
+            "kv_budget_mib": round(loaded.kv_budget_bytes / MIB, 1),
+            "kv_budget_reason": loaded.budget_reason,
+            "parked": parked,
+            "parked_mib": round(parked_bytes / MIB, 1),
+            "restored": rounds.totals.restored,
+            "shared_tokens": rounds.totals.shared_tokens,
         }
 
     def _load(self) -> Loaded:
@@ -153,15 +175,41 @@ class ModelRunner(Service):
             in_memory=settings.conversations_in_memory,
             now_us=lambda: time.time_ns() // 1000,
             on_evict=self._evicted,
+            parking=self._parking(engine),
         )
+        budget = kv_budget(settings.kv_memory_mib, *free_memory(engine.fingerprint.device))
+        log.info("KV caches may take %.0f MiB: %s", budget.size_bytes / MIB, budget.reason)
         chat = ChatFormat.load(files.folder)
-        return Loaded(engine, chat, conversations, context, device.reason, settings.max_batch)
-
-    def _evicted(self, name: str) -> None:
-        self.bus.counters.add("evicted.kv_cache")
-        self.bus.events.report(
-            "kv-cache-evicted", "info", f"conversation {name} left the memory; its next turn reads its tokens again"
+        return Loaded(
+            engine,
+            chat,
+            conversations,
+            context,
+            device.reason,
+            max_batch=settings.max_batch,
+            kv_budget_bytes=budget.size_bytes,
+            budget_reason=budget.reason,
         )
+
+    def _parking(self, engine: Engine) -> Parking:
+        def dropped(name: str, reason: str) -> None:
+            self._report(
+                "dropped.parked", f"the parked KV cache of {name} is gone, its tokens are read again: {reason}"
+            )
+
+        folder, most_bytes = self.context.data_dir / "parked", self.config.model.parked_mib * MIB
+        return Parking(folder, engine, most_bytes=most_bytes, on_drop=dropped)
+
+    def _evicted(self, name: str, left: Evicted) -> None:
+        self._report(f"evicted.{left}", f"conversation {name} left the memory; {EVICTED[left]}")
+
+    def _report(self, counter: str, text: str) -> None:
+        """Count what happened to a run or a conversation, and say it; on any thread."""
+        self.bus.counters.add(counter)
+        if text:
+            severity = "info" if counter.startswith(("evicted", "resumed")) else "warning"
+            # Publishing may have to wait for the broker, and the engine must not.
+            self.sayer.say(lambda: self.bus.events.report(counter.replace(".", "-"), severity, text), droppable=False)
 
     # --- answering ------------------------------------------------------------------------------------------
 

@@ -74,18 +74,22 @@ class _Progress(msgspec.Struct, forbid_unknown_fields=True):
     extra: dict[str, Any]
 
 
-def pack(
+class Copied(NamedTuple):
+    """A generation state taken out of the engine: it may go on at once, and this can be described on any thread."""
+
+    conversation: str
+    creator: str
+    tokens: list[int]
+    sampler: dict[str, Any]
+    progress: _Progress
+    buffer: npt.NDArray[np.uint8]
+    """Keys and values as the chunks hold them."""
+
+
+def copy(
     engine: Engine, state: GenerationState, *, conversation: str, creator: str, extra: dict[str, Any] | None = None
-) -> Packed:
-    """Copy ``state`` into chunks and describe it; the state may go on at once.
-
-    Args:
-        conversation: its name.
-        creator: the node whose key will sign.
-        extra: what the caller keeps with the state (its messages), plain msgpack types; given back by ``extra_of``.
-
-    Raises ModelError while the prompt has not been read to its end.
-    """
+) -> Copied:
+    """Copy ``state``; the worker's part of ``pack``, which see."""
     if not state.prefilled:
         raise ModelError(
             f"saving {conversation}: {state.cache.length:,} of its {len(state.tokens) - 1:,} positions have been read",
@@ -101,8 +105,6 @@ def pack(
             target = buffer[offset : offset + plane.nbytes].view(plane.dtype).reshape(plane.shape)
             np.copyto(target, plane)
             offset += plane.nbytes
-    stream = buffer.data
-    chunks = [stream[at : at + MAX_CHUNK_BYTES] for at in range(0, len(stream), MAX_CHUNK_BYTES)]
     progress = _Progress(
         settings=state.settings,
         new_tokens=state.new_tokens,
@@ -110,33 +112,55 @@ def pack(
         capacity_tokens=state.cache.capacity_tokens,
         extra=extra or {},
     )
+    return Copied(conversation, creator, list(state.tokens), state.sampler.to_state(), progress, buffer)
+
+
+def describe(engine: Engine, copied: Copied) -> Packed:
+    """The chunks of a copied state and the manifest that names them."""
+    stream = copied.buffer.data
+    chunks = [stream[at : at + MAX_CHUNK_BYTES] for at in range(0, len(stream), MAX_CHUNK_BYTES)]
     manifest = SnapshotManifest(
         version=MANIFEST_VERSION,
         model=engine.spec.name,
         digests=engine.spec.digests,
-        creator=creator,
+        creator=copied.creator,
         created_us=time.time_ns() // 1000,
-        conversation=conversation,
+        conversation=copied.conversation,
         fingerprint=engine.fingerprint,
         kv_dtype=engine.spec.dtype,
-        layers=_layouts(engine.spec, len(state.tokens) - 1),
+        layers=_layouts(engine.spec, len(copied.tokens) - 1),
         codec=CODEC,
         codec_params={},
-        cached_tokens=len(state.tokens) - 1,
-        tokens=np.asarray(state.tokens, dtype="<u4").tobytes(),
-        sampler=state.sampler.to_state(),
-        state=msgspec.to_builtins(progress),
+        cached_tokens=len(copied.tokens) - 1,
+        tokens=np.asarray(copied.tokens, dtype="<u4").tobytes(),
+        sampler=copied.sampler,
+        state=msgspec.to_builtins(copied.progress),
         total_bytes=len(stream),
         chunks=[ChunkRef(digest=digest(chunk), size_bytes=len(chunk)) for chunk in chunks],
     )
     return Packed(manifest, chunks)
 
 
+def pack(
+    engine: Engine, state: GenerationState, *, conversation: str, creator: str, extra: dict[str, Any] | None = None
+) -> Packed:
+    """Copy ``state`` into chunks and describe it; the state may go on at once.
+
+    Args:
+        conversation: its name.
+        creator: the node whose key will sign.
+        extra: what the caller keeps with the state (its messages), plain msgpack types; given back by ``extra_of``.
+
+    Raises ModelError while the prompt has not been read to its end.
+    """
+    return describe(engine, copy(engine, state, conversation=conversation, creator=creator, extra=extra))
+
+
 def refusal(engine: Engine, manifest: SnapshotManifest) -> SnapshotRefused | None:
     """Why ``engine`` cannot resume this conversation at all, or None. Asked before any chunk is fetched."""
     spec = engine.spec
     if manifest.digests.tokenizer != spec.digests.tokenizer:
-        return _refused(
+        return refused(
             manifest,
             "digests.tokenizer",
             f"its token ids are of {manifest.model}, another tokenizer than {spec.name}'s",
@@ -174,9 +198,9 @@ def unpack(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[bytes | 
 
     Raises SnapshotRefused, naming the field.
     """
-    refused = refusal(engine, manifest)
-    if refused is not None:
-        raise refused
+    error = refusal(engine, manifest)
+    if error is not None:
+        raise error
     tokens, sampler, progress = _read_state(engine, manifest)
     reason = why_not_exact(engine, manifest)
     capacity = min(progress.capacity_tokens, engine.spec.context_tokens)
@@ -219,20 +243,20 @@ def _read_state(engine: Engine, manifest: SnapshotManifest) -> tuple[list[int], 
         or len(manifest.tokens) % 4
         or len(manifest.tokens) // 4 != manifest.cached_tokens + 1
     ):
-        raise _refused(manifest, "tokens", "their number does not match cached_tokens")
+        raise refused(manifest, "tokens", "their number does not match cached_tokens")
     tokens: list[int] = np.frombuffer(manifest.tokens, dtype="<u4").tolist()
     progress = _progress(manifest)
     if not max(1, manifest.cached_tokens) <= min(progress.capacity_tokens, spec.context_tokens):
-        raise _refused(
+        raise refused(
             manifest,
             "cached_tokens",
             f"{manifest.cached_tokens:,} positions, its capacity is {progress.capacity_tokens:,} and the model's "
             f"context {spec.context_tokens:,}",
         )
     if not 0 <= progress.new_tokens <= len(tokens):
-        raise _refused(manifest, "state.new_tokens", f"{progress.new_tokens} of {len(tokens)} tokens")
+        raise refused(manifest, "state.new_tokens", f"{progress.new_tokens} of {len(tokens)} tokens")
     if max(tokens) >= spec.vocab_size:
-        raise _refused(manifest, "tokens", f"token {max(tokens)} is not in the vocabulary of {spec.vocab_size:,}")
+        raise refused(manifest, "tokens", f"token {max(tokens)} is not in the vocabulary of {spec.vocab_size:,}")
     return tokens, Sampler.from_state(manifest.sampler), progress
 
 
@@ -240,7 +264,7 @@ def _progress(manifest: SnapshotManifest) -> _Progress:
     try:
         return msgspec.convert(manifest.state, _Progress)
     except (msgspec.ValidationError, InvalidPrompt) as error:
-        raise _refused(manifest, "state", str(error)) from error
+        raise refused(manifest, "state", str(error)) from error
 
 
 def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[bytes | memoryview]) -> list[LayerState]:
@@ -248,9 +272,9 @@ def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[by
     spec = engine.spec
     expected = _layouts(spec, manifest.cached_tokens)
     if manifest.kv_dtype != spec.dtype:
-        raise _refused(manifest, "kv_dtype", f"{manifest.kv_dtype}, the model runs in {spec.dtype}")
+        raise refused(manifest, "kv_dtype", f"{manifest.kv_dtype}, the model runs in {spec.dtype}")
     if manifest.layers != expected:
-        raise _refused(
+        raise refused(
             manifest, "layers", f"they are not those of {spec.name} after {manifest.cached_tokens:,} positions"
         )
     dtype = STORAGE_DTYPES[spec.dtype]
@@ -258,11 +282,11 @@ def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[by
     total = 2 * sum(sizes)
     counted = [chunk.size_bytes for chunk in manifest.chunks]
     if manifest.total_bytes != total or sum(counted) != total:
-        raise _refused(manifest, "total_bytes", f"{manifest.total_bytes:,}, the layers take {total:,}")
+        raise refused(manifest, "total_bytes", f"{manifest.total_bytes:,}, the layers take {total:,}")
     if any(size != MAX_CHUNK_BYTES for size in counted[:-1]):
-        raise _refused(manifest, "chunks", f"one before the last is not of {MAX_CHUNK_BYTES:,} bytes")
+        raise refused(manifest, "chunks", f"one before the last is not of {MAX_CHUNK_BYTES:,} bytes")
     if [len(chunk) for chunk in chunks] != counted:
-        raise _refused(manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(counted)}")
+        raise refused(manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(counted)}")
     layers = []
     offset = 0
     for layout, size in zip(expected, sizes, strict=True):
@@ -309,7 +333,8 @@ def _layouts(spec: ModelSpec, seen_tokens: int) -> list[LayerLayout]:
     ]
 
 
-def _refused(manifest: SnapshotManifest, field: str, reason: str) -> SnapshotRefused:
+def refused(manifest: SnapshotManifest, field: str, reason: str) -> SnapshotRefused:
+    """The error of a snapshot that cannot be used, naming the field."""
     return SnapshotRefused(
         f"resuming the snapshot of {manifest.conversation[:80]!r} by {manifest.creator[:80]!r}: {field}: {reason}",
         hint="resume it on a node that runs the same model",

@@ -36,7 +36,7 @@ from services.model_runner.engine import (
     chunk_schedule,
 )
 from services.model_runner.fast_decode import FastDecode
-from services.model_runner.kv_cache import TorchKVCache
+from services.model_runner.kv_cache import TorchKVCache, layer_tokens
 from services.model_runner.products import has_bf16_products, upcast_linears
 
 MAX_BATCH = 8
@@ -201,6 +201,12 @@ class TransformersEngine(Engine):
             )
         with torch.inference_mode(), self._memory_errors("making a KV cache", capacity_tokens):
             return TorchKVCache(self.spec.layers, capacity_tokens, self._dtype, self._device)
+
+    def cache_bytes(self, tokens: int, capacity_tokens: int) -> int:
+        return sum(
+            2 * layer.kv_heads * layer.head_dim * layer_tokens(layer, tokens, capacity_tokens) * self._dtype.itemsize
+            for layer in self.spec.layers
+        )
 
     def prefill(
         self,

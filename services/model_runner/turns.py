@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from protocol.errors import ContextOverflow, ConversationUnknown, InvalidPrompt
 from protocol.messages import ChatMessage, ModelGenerate
 from services.model_runner.chat import ChatFormat
-from services.model_runner.conversations import Conversation, unknown
+from services.model_runner.conversations import Conversation, History, unknown
 from services.model_runner.engine import Engine
 from services.model_runner.generation import GenerationSettings, begin, extend
 from services.model_runner.sampling import SamplingSettings
@@ -26,10 +26,10 @@ class Turn:
     """What one ask gives the model to read."""
 
     ask: ModelGenerate
-    found: Conversation | None
-    """The conversation that it is of, as it stands in memory; None for a new one."""
+    history: History | None
+    """What the conversation held when this was made; None for a new one."""
     held: int
-    """Tokens of ``found`` when this was made."""
+    """Tokens of ``history``."""
     tokens: list[int]
     """New ones of a turn that ``extends``, else the whole prompt."""
     extends: bool
@@ -45,14 +45,21 @@ class Turn:
         """Of the conversation when the answer begins."""
         return self.held + len(self.tokens) if self.extends else len(self.tokens)
 
-    def stands(self, found: Conversation | None) -> bool:
-        """Whether the conversation is still the one that this was made for."""
-        return self.found is found and (found is None or len(found.state.tokens) == self.held)
+    def most_tokens(self, context_tokens: int) -> int:
+        """Of the conversation when the answer ends."""
+        return min(self.total_tokens + self.ask.max_new_tokens, context_tokens)
 
-    def apply(self, engine: Engine, capacity_tokens: int) -> Conversation:
-        """The conversation with this turn's tokens in it, to be answered. Raises InvalidPrompt or ContextOverflow,
-        and then the conversation is as it was; ModelError when memory runs out."""
-        found = self.found
+    def stands(self, history: History | None) -> bool:
+        """Whether the conversation still holds what it did when this was made."""
+        if self.history is None or history is None:
+            return self.history is history
+        return len(history.tokens) == self.held and history.messages == self.history.messages
+
+    def apply(self, engine: Engine, found: Conversation | None, capacity_tokens: int) -> Conversation:
+        """The conversation with this turn's tokens in it, to be answered; ``found`` is the one that it is of.
+
+        Raises InvalidPrompt or ContextOverflow, and then the conversation is as it was; ModelError when memory runs
+        out."""
         if found is not None and self.extends:
             extend(engine, found.state, self.tokens, sampling=self.sampling, settings=self.settings)
             if self.tokens:
@@ -67,9 +74,7 @@ class Turn:
         return made
 
 
-def prepare(
-    engine: Engine, chat: ChatFormat, ask: ModelGenerate, found: Conversation | None, context_tokens: int
-) -> Turn:
+def prepare(engine: Engine, chat: ChatFormat, ask: ModelGenerate, found: History | None, context_tokens: int) -> Turn:
     """The turn that ``ask`` makes of its conversation.
 
     Raises InvalidPrompt naming the field, ContextOverflow, or ConversationUnknown when there is nothing to go on from,
@@ -79,7 +84,7 @@ def prepare(
     given = [name for name in ("messages", "prompt", "prompt_tokens") if getattr(ask, name)]
     if len(given) > 1:
         raise _invalid(ask, given[1], f"{' and '.join(given)} are both given", "give one of them", "given twice")
-    held = len(found.state.tokens) if found else 0
+    held = len(found.tokens) if found else 0
     holds = len(found.messages) if found else 0
     if ask.held_messages and ask.held_messages != holds:
         raise ConversationUnknown(
@@ -114,7 +119,7 @@ def _rendered(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 def _chat_turn(
     chat: ChatFormat,
     ask: ModelGenerate,
-    found: Conversation | None,
+    found: History | None,
     settings: GenerationSettings,
     sampling: SamplingSettings,
 ) -> Turn:
@@ -126,8 +131,8 @@ def _chat_turn(
             ask, "messages", "it holds plain text, and no chat", "go on with `prompt`, or begin another", "plain text"
         )
     messages = [*found.messages, *ask.messages]
-    tokens = chat.next_turn(found.state.tokens, _rendered(messages))
-    held = len(found.state.tokens)
+    tokens = chat.next_turn(found.tokens, _rendered(messages))
+    held = len(found.tokens)
     return Turn(ask, found, held, tokens.tokens, tokens.extends, messages, settings, sampling)
 
 
@@ -135,7 +140,7 @@ def _text_turn(
     engine: Engine,
     chat: ChatFormat,
     ask: ModelGenerate,
-    found: Conversation | None,
+    found: History | None,
     settings: GenerationSettings,
     sampling: SamplingSettings,
 ) -> Turn:
@@ -158,7 +163,7 @@ def _text_turn(
                 )
     if not tokens:
         raise _invalid(ask, "prompt", "it has no tokens", "say something", "empty prompt")
-    held = len(found.state.tokens) if found else 0
+    held = len(found.tokens) if found else 0
     return Turn(ask, found, held, tokens, found is not None, [], settings, sampling)
 
 
@@ -224,7 +229,7 @@ def _fit_tokens(engine: Engine, turn: Turn, context_tokens: int) -> Turn:
     most = _most_tokens(turn, context_tokens)
     if total <= most:
         return turn
-    whole = [*(turn.found.state.tokens if turn.found and turn.extends else []), *turn.tokens]
+    whole = [*(turn.history.tokens if turn.history and turn.extends else []), *turn.tokens]
     turn.tokens = whole[-most:]
     turn.extends = False
     turn.dropped_tokens = total - most

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
 from protocol.messages import RunToken
 from services.model_runner.answers import Run
-from services.model_runner.rounds import Loaded, Rounds
+from services.model_runner.rounds import Loaded, Report, Rounds
 from services.model_runner.scheduler import Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,20 @@ class Worker:
     Args:
         load: loads the model; may raise ModelUnavailable, and is then tried again with backoff.
         say_token: called on the worker's thread with a run's id and each of its tokens: it must not take long.
+        report: called on any thread with the name of a counter, and what happened, to be said (or nothing).
     """
 
     RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
 
-    def __init__(self, load: Callable[[], Loaded], say_token: Callable[[str, RunToken], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Loaded],
+        say_token: Callable[[str, RunToken], None],
+        report: Report = lambda _counter, _text: None,
+    ) -> None:
         self._load = load
         self._say_token = say_token
+        self._report = report
         self._wake = threading.Condition()
         self._scheduler = Scheduler()
         self._runs: dict[Work, Run] = {}
@@ -127,7 +134,7 @@ class Worker:
         loaded = self._load_with_backoff()
         if loaded is None:
             return
-        rounds = self.rounds = Rounds(loaded, self._scheduler, self._runs, self._wake, self._say_token)
+        rounds = self.rounds = Rounds(loaded, self._scheduler, self._runs, self._wake, self._say_token, self._report)
         while not self._stopping:
             with self._wake:
                 while not (self._scheduler.busy or self._scheduler.changed or self._jobs or self._stopping):
@@ -136,6 +143,7 @@ class Worker:
             rounds.begin_waiting()
             if self._scheduler.busy and not self._stopping:
                 rounds.round()
+        rounds.stop()
 
     def _load_with_backoff(self) -> Loaded | None:
         wait_s = self.RETRY_FIRST_S

@@ -34,7 +34,7 @@ class Runner:
         self.said: list[str] = []
         """The run of each token, in the order in which they came."""
         self.on_token: Callable[[str, RunToken], None] = lambda _run, _token: None
-        conversations = Conversations(db, engine, in_memory=200, now_us=lambda: 0, on_evict=lambda _: None)
+        conversations = Conversations(db, engine, in_memory=200, now_us=lambda: 0, on_evict=lambda _name, _left: None)
         self.loaded = Loaded(engine, ChatFormat.load(folder), conversations, CONTEXT_TOKENS, "", **settings)
         self.worker = Worker(lambda: self.loaded, self._say)
         self.worker.start()

@@ -30,7 +30,9 @@ class Runner:
         self.tokens: list[RunToken] = []
         self.on_token: Callable[[RunToken], None] = self.tokens.append
         self.evicted: list[str] = []
-        conversations = Conversations(db, engine, in_memory=in_memory, now_us=lambda: 0, on_evict=self.evicted.append)
+        conversations = Conversations(
+            db, engine, in_memory=in_memory, now_us=lambda: 0, on_evict=lambda name, _: self.evicted.append(name)
+        )
         self.loaded = Loaded(engine, ChatFormat.load(folder), conversations, 512, device_reason="")
         self.worker = Worker(lambda: self.loaded, lambda _, token: self.on_token(token))
         self.worker.start()
