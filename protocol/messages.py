@@ -400,6 +400,25 @@ class RunDone(msgspec.Struct, omit_defaults=True):
     error: ErrorInfo | None = None
 
 
+class ModelEmbed(msgspec.Struct):
+    """Make vectors of texts, with the node's embedding model."""
+
+    texts: Annotated[list[Annotated[str, Meta(max_length=64 * KIB)]], Meta(max_length=512)]
+
+
+class ModelEmbedded(msgspec.Struct):
+    """The vectors, each of length 1: their dot product is the texts' cosine similarity."""
+
+    model: str
+    dimensions: Count
+    vectors: bytes
+    """float32, little-endian, one text after another."""
+    tokens: Count
+    """Read, of all texts."""
+    truncated: list[int] = []
+    """Indexes of the texts that were longer than the model reads: of these only the beginning counts."""
+
+
 class ModelSnapshot(msgspec.Struct):
     """Save a conversation's state; announced when it is on disk."""
 
@@ -607,6 +626,13 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "cancel", "model.cancelled"),
     ),
     _row("model.cancelled", ModelCancelled, topics.REPLY, max_bytes=4 * KIB),
+    _row(
+        "model.embed",
+        ModelEmbed,
+        topics.ASK,
+        ask=AskRow("model_runner", "embed", "model.embedded"),
+    ),
+    _row("model.embedded", ModelEmbedded, topics.REPLY),
     _row(
         "model.snapshot",
         ModelSnapshot,

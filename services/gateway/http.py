@@ -26,6 +26,7 @@ from services.gateway.errors import AUTHENTICATION, RATE, SERVER, ApiError, api_
 from services.gateway.histories import Histories
 from services.gateway.nodes import Runner, Runners
 from services.gateway.runs import Runs
+from services.gateway.vectors import Vectors
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Of a request: 2,048 texts to embed fit."""
@@ -48,6 +49,7 @@ class Endpoint:
         *,
         runners: Runners,
         runs: Runs,
+        vectors: Vectors,
         counters: Counters,
         timeout_s: float,
         max_requests: int,
@@ -55,6 +57,7 @@ class Endpoint:
     ) -> None:
         self._runners = runners
         self._runs = runs
+        self._vectors = vectors
         self._counters = counters
         self._ttl_ms = max(1, round(timeout_s * 1000))
         self._max_requests = max_requests
@@ -86,6 +89,14 @@ class Endpoint:
     async def completion(self, request: Request) -> Answering:
         """What a model says after a text."""
         return self._answering(wanted.completion(await _body(request)))
+
+    async def embeddings(self, request: Request) -> Response:
+        """Vectors of texts."""
+        name, texts, as_base64 = wanted.embedding(await _body(request))
+        self._counters.add("requests")
+        runner = self._runners.find(name, kind="embedding")[0]
+        body = await self._vectors.embed(runner.node, name, texts, as_base64=as_base64, ttl_ms=self._ttl_ms)
+        return Response(body, media_type="application/json")
 
     def _answering(self, asked: wanted.Wanted) -> Answering:
         self._counters.add("requests")
@@ -202,6 +213,7 @@ def application(
             Route("/v1/models/{name:path}", endpoint.model),
             Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
             Route("/v1/completions", endpoint.completion, methods=["POST"]),
+            Route("/v1/embeddings", endpoint.embeddings, methods=["POST"]),
         ],
         middleware=middleware,
         exception_handlers={ApiError: refused, HTTPException: not_found, Exception: unexpected},

@@ -140,8 +140,10 @@ class Runners:
     def _unknown(self, name: str, kind: str) -> ApiError:
         known = [each for each, runner in self.names() if getattr(runner, kind) in (each, each.partition("/")[2])]
         text = f"the model {name!r} does not exist here"
+        if kind == "embedding" and any(name == each for each, _ in self.names()):
+            text = f"the model {name!r} makes no embeddings"
         if known:
-            text += f"; there are: {', '.join(known)}"
+            text += f"; there {'is' if len(known) == 1 else 'are'} {', '.join(known)}"
         elif kind == "embedding":
             text += "; no node has an embedding model: `mindstream models pull all-minilm-l6-v2` gets one"
         else:

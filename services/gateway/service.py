@@ -14,6 +14,7 @@ from protocol.errors import ConfigError, MindstreamError
 from protocol.messages import ServiceState
 from services.gateway.nodes import Runners
 from services.gateway.runs import Runs
+from services.gateway.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Gateway(Service):
         self.run_bus = self.open_bus("runs")
         self.runners = Runners(self.node)
         self.runs = Runs(self.run_bus)
+        self.vectors = Vectors(self.run_bus)
         self._thread: threading.Thread | None = None
         self._refusal = ""
         """Why nothing is served; empty while all is well."""
@@ -66,6 +68,7 @@ class Gateway(Service):
 
     def teardown(self) -> None:
         self.runs.close()
+        self.vectors.close()
         if self._thread is not None:
             self._server.stop(self._thread)
         self.run_bus.stop()
@@ -100,6 +103,7 @@ class Gateway(Service):
         self.endpoint = Endpoint(
             runners=self.runners,
             runs=self.runs,
+            vectors=self.vectors,
             counters=self.bus.counters,
             timeout_s=settings.timeout_s,
             max_requests=settings.max_requests,

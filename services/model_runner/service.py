@@ -32,6 +32,7 @@ from protocol.messages import (
     ChatMessage,
     ModelCancel,
     ModelCancelled,
+    ModelEmbed,
     ModelGenerate,
     ModelResume,
     ModelResumed,
@@ -45,6 +46,7 @@ from protocol.messages import (
 from services.model_runner import snapshot
 from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
+from services.model_runner.embedding import Embeddings
 from services.model_runner.engine import Engine
 from services.model_runner.memory import MIB, free_memory, kv_budget
 from services.model_runner.parking import Parking
@@ -84,6 +86,7 @@ class ModelRunner(Service):
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.worker = Worker(self._load, self._say_token, self._report)
+        self.embeddings = Embeddings(self.config.model)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
         # One: each holds a copy of a KV cache until it is on the disk.
         self._savers = ThreadPoolExecutor(1, "snapshot saver")
@@ -95,6 +98,7 @@ class ModelRunner(Service):
     def teardown(self) -> None:
         self.worker.stop()
         self.sayer.stop()
+        self.embeddings.stop()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._savers.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
@@ -114,8 +118,9 @@ class ModelRunner(Service):
 
     def details(self) -> dict[str, Any]:
         loaded, rounds = self.worker.loaded, self.worker.rounds
+        embedding = {"embedding": self.embeddings.name} if self.embeddings.name else {}
         if loaded is None or rounds is None:
-            return {"model": self.config.model.name}
+            return {"model": self.config.model.name, **embedding}
         usage, answering = rounds.last_usage, rounds.answering
         spec, numerics = loaded.engine.spec, loaded.engine.fingerprint
         return {
@@ -125,6 +130,7 @@ class ModelRunner(Service):
             "device_reason": loaded.device_reason,
             "dtype": spec.dtype,
             "dtype_reason": spec.dtype_reason,
+            **embedding,
             "queued": self.worker.queued,
             "running": len(answering),
             "batch_mean": round(rounds.totals.batch_mean, 2),
@@ -267,6 +273,11 @@ class ModelRunner(Service):
             answer.set_exception(from_wire(result.error))
         else:
             answer.set_result(result)
+
+    @hears(ModelEmbed)
+    def embed(self, message: Received) -> Deferred:
+        """Make vectors of texts, on a thread of its own: no token waits for it."""
+        return _deferred(self.embeddings.embed(message.data))
 
     # --- saving ---------------------------------------------------------------------------------------------
 

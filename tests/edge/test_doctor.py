@@ -186,6 +186,34 @@ def no_room_to_convert(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "free_bytes", lambda _folder: 200_000_000)
 
 
+def endpoint_on(it: Situation) -> None:
+    it.set("gateway", "port", 8650)
+    it.set("services", "enabled", ["memory_store", "gateway"])
+
+
+def endpoint_not_enabled(it: Situation) -> None:
+    it.set("gateway", "port", 8650)
+
+
+def endpoint_without_packages(it: Situation) -> None:
+    endpoint_on(it)
+    it.without_packages("uvicorn")
+
+
+def endpoint_token_for_all(it: Situation) -> None:
+    endpoint_on(it)
+    token = it.folder / "data" / "gateway" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("hunter2-hunter2-hunter2")
+    token.chmod(0o644)
+
+
+def endpoint_port_taken(it: Situation) -> None:
+    endpoint_on(it)
+    listener = it.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    it.set("gateway", "port", listener.getsockname()[1])
+
+
 def clock_adrift(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "read_clock_synced", lambda: False)
 
@@ -215,6 +243,10 @@ SITUATIONS: list[tuple[Callable[[Situation], None], str, str, str]] = [
     (model_folder_empty, "model", WARNING, "model.name"),
     (model_damaged, "model", WARNING, "mindstream models rm"),
     (no_room_to_convert, "model", WARNING, "free some space"),
+    (endpoint_not_enabled, "endpoint", WARNING, "services.enabled"),
+    (endpoint_without_packages, "endpoint", WARNING, "EXTRAS=gateway"),
+    (endpoint_token_for_all, "endpoint", FAILED, "chmod"),
+    (endpoint_port_taken, "endpoint", WARNING, "gateway.port"),
     (clock_adrift, "clock", WARNING, ""),
 ]
 

@@ -48,6 +48,8 @@ from protocol.messages import (
     MessageRow,
     ModelCancel,
     ModelCancelled,
+    ModelEmbed,
+    ModelEmbedded,
     ModelGenerate,
     ModelResume,
     ModelResumed,
@@ -313,6 +315,14 @@ VALUES: dict[str, msgspec.Struct] = {
     "model.answer": DONE,
     "model.cancel": ModelCancel(run=RUN_ID),
     "model.cancelled": ModelCancelled(found=True),
+    "model.embed": ModelEmbed(texts=["Where is the key?", "Under the pot."]),
+    "model.embedded": ModelEmbedded(
+        model="all-minilm-l6-v2",
+        dimensions=2,
+        vectors=bytes.fromhex("0000803f00000000000000000000803f"),
+        tokens=13,
+        truncated=[1],
+    ),
     "model.snapshot": ModelSnapshot(conversation="garden"),
     "snapshot.saved": SnapshotSaved(
         snapshot=SNAPSHOT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,17 +16,12 @@ from edge.config import load_config
 from edge.keys import Peers, load_or_create_identity
 from edge.service import Context, Service
 from tests.support.nodes import Watcher, wait_for
+from tests.support.ports import free_port
 
 pytest.importorskip("starlette", reason="starlette is not installed: make install (extra `gateway`)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: make install (extra `gateway`)")
 
 TIMEOUT_S = 60.0
-
-
-def free_port() -> int:
-    """A port of loopback that was free just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def run_service(cleanup: ExitStack, kind: type[Service], folder: Path, node: str, url: str, toml: str = "") -> Any:
@@ -116,7 +110,7 @@ def site(small_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
             watcher.wait_ready(node, ("model_runner",), TIMEOUT_S)
         gateway = run_service(cleanup, Gateway, folder, "tomato", broker.url, f"[gateway]\nport = {port}\n")
         watcher.wait_ready("tomato", ("gateway",), TIMEOUT_S)
-        wait_for(lambda: len(gateway.runners.names()) == 4, "the gateway has not heard of both runners", TIMEOUT_S)
+        wait_for(lambda: len(gateway.runners.all()) == 2, "the gateway has not heard of both runners", TIMEOUT_S)
         yield Site(
             broker_url=broker.url,
             url=f"http://127.0.0.1:{port}/v1",

@@ -33,7 +33,8 @@ def asked_directly(site: Site, text: str, node: str = "tomato", **settings: Any)
 
 def test_every_nodes_model_is_listed_by_its_name_and_by_its_node(site: Site, client: openai.OpenAI) -> None:
     listed = {model.id: model for model in client.models.list()}
-    assert set(listed) == {site.model, site.other, f"tomato/{site.model}", f"sprout/{site.other}"}
+    chats = {name for name in listed if "minilm" not in name}
+    assert chats == {site.model, site.other, f"tomato/{site.model}", f"sprout/{site.other}"}
     assert listed[site.other].owned_by == "sprout"
     assert listed[site.model].created > 1_700_000_000
     found = client.models.retrieve(f"sprout/{site.other}")
@@ -182,6 +183,99 @@ def test_a_history_that_the_runner_forgot_is_read_again(site: Site, client: open
 
 def cached(answer: Any) -> int:
     return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+
+# --- completions ----------------------------------------------------------------------------------------------
+
+
+def test_a_text_goes_on_as_it_does_over_the_bus(site: Site, client: openai.OpenAI) -> None:
+    with Bus(url=site.broker_url, node="tester", client="completer") as bus:
+        ask = ModelGenerate(f"text-{uuid7()}", prompt="Once upon", max_new_tokens=12)
+        direct: RunDone = bus.ask("tomato", ask, ttl_ms=60_000)
+    arguments: dict[str, Any] = {"model": site.model, "prompt": "Once upon", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**arguments)
+    assert (whole.object, whole.choices[0].text) == ("text_completion", direct.text)
+    streamed = list(client.completions.create(**arguments, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == direct.text
+    assert streamed[-1].choices[0].finish_reason == direct.finish_reason
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == len(b"Once upon")  # every byte is a token of this model
+    tokens = client.completions.create(**(arguments | {"prompt": list(b"abc")}))
+    assert tokens.usage is not None
+    assert tokens.usage.prompt_tokens == 3
+
+
+def test_several_prompts_are_several_choices_with_log_probabilities(site: Site, client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": site.model, "max_tokens": 5, "temperature": 0, "logprobs": 2}
+    both = client.completions.create(prompt=["One", "Another"], **arguments)
+    alone = [client.completions.create(prompt=prompt, **arguments).choices[0] for prompt in ("One", "Another")]
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert [choice.text for choice in both.choices] == [choice.text for choice in alone]
+    logprobs = both.choices[0].logprobs
+    assert logprobs is not None
+    assert len(logprobs.token_logprobs or []) == 5
+    assert "".join(logprobs.tokens or []) == both.choices[0].text
+    assert len((logprobs.top_logprobs or [{}])[0]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param"),
+    [
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["x", 5]}, "prompt"),
+        ({"prompt": ["x"] * 20}, "prompt"),
+        ({"prompt": [10_000]}, "prompt_tokens"),
+    ],
+)
+def test_completions_that_are_not_supported_are_refused(
+    site: Site, client: openai.OpenAI, arguments: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(**({"model": site.model, "prompt": "x", "max_tokens": 2} | arguments))
+    assert caught.value.param == param
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------
+
+
+def test_embeddings_come_as_numbers_and_as_bytes(site: Site, client: openai.OpenAI) -> None:
+    if not site.runner.embeddings.name:
+        pytest.skip("the embedding model is not installed: mindstream models pull all-minilm-l6-v2")
+    assert "all-minilm-l6-v2" in {model.id for model in client.models.list()}
+    texts = ["A man is eating food.", "A man eats something.", "The stock market fell today."] * 40
+    found = client.embeddings.create(model="all-minilm-l6-v2", input=texts)  # base64, unpacked by the package
+    assert [each.index for each in found.data] == list(range(120))
+    vectors = [each.embedding for each in found.data]
+    assert {len(vector) for vector in vectors} == {384}
+    assert vectors[0] == vectors[117]
+
+    def similarity(one: int, other: int) -> float:
+        return sum(a * b for a, b in zip(vectors[one], vectors[other], strict=True))
+
+    assert similarity(0, 1) > 0.7
+    assert similarity(0, 2) < 0.3
+    floats = client.embeddings.create(model="sprout/all-minilm-l6-v2", input=texts[1], encoding_format="float")
+    assert floats.data[0].embedding == pytest.approx(vectors[1], abs=1e-6)
+    assert floats.usage.prompt_tokens == 7
+    long = client.embeddings.create(model="all-minilm-l6-v2", input=["short", "word " * 5000])
+    assert long.model_extra["mindstream"]["truncated"] == [1]  # type: ignore[index]
+
+
+def test_embeddings_that_cannot_be_made_say_why(site: Site, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="embedding"):
+        client.embeddings.create(model=site.model, input="x")
+    for arguments, param in (
+        ({"input": [1, 2]}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "x", "dimensions": 64}, "dimensions"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.embeddings.create(**({"model": "all-minilm-l6-v2"} | arguments))  # type: ignore[arg-type]
+        assert caught.value.param == param
 
 
 # --- what is refused ------------------------------------------------------------------------------------------
