@@ -64,6 +64,7 @@ class Record(msgspec.Struct):
     capacity_tokens: int
     last_command: str = ""
     """The ask that the present answer was given to: carried out again after a crash, it is not answered twice."""
+    constrained_tokens: int = 0
 
 
 class Conversation:
@@ -101,6 +102,7 @@ class Conversation:
             settings=state.settings,
             capacity_tokens=state.cache.capacity_tokens,
             last_command=command or self.last_command,
+            constrained_tokens=state.constrained_tokens,
         )
 
 
@@ -228,6 +230,7 @@ class Conversations:
         state.sampler = Sampler.from_state(record.sampler)
         state.new_tokens = record.new_tokens
         state.finish_reason = record.finish_reason
+        state.constrained_tokens = record.constrained_tokens
         conversation = Conversation(name, state, record.messages, record.turn_start)
         conversation.last_command = record.last_command
         return conversation

@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from protocol.errors import InvalidPrompt, ModelError
 from services.model_runner.engine import Engine, KVCache, Logits, OnProgress, ShouldStop
 from services.model_runner.sampling import Chance, Sampler, SamplingSettings
+
+if TYPE_CHECKING:
+    from services.model_runner.constrained import Constraint
 
 
 class GenerationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,6 +31,9 @@ class GenerationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     """Go on past the end of sequence: for measuring."""
     top_logprobs: int = 0
     """How many of the likeliest tokens are named with each token."""
+    json_schema: str = ""
+    """The answer is JSON of this JSON Schema; empty: any text. It ends with ``stop`` when the JSON is whole; with
+    ``length`` or ``cancelled`` it is not."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -81,6 +88,10 @@ class GenerationState:
     finish_reason: str = ""
     """``stop``, ``length`` or ``cancelled``; empty while the answer is not finished."""
     timing: Timing = field(default_factory=Timing)
+    constrained_tokens: int = 0
+    """How many of ``tokens``, at their end, the constraint has taken; an answer may be given in several parts."""
+    constraint: Constraint | None = None
+    """Of ``settings.json_schema``; made from the tokens whenever an answer begins or goes on (constrained.Grammars)."""
 
     @property
     def answer(self) -> list[int]:
@@ -146,10 +157,15 @@ def extend(
     """Begin the next answer after appending ``tokens`` (a turn's new ones) to the conversation.
 
     The pending token stops being pending: it is read with the new ones. With no ``tokens`` the answer goes on from
-    the pending token. New ``sampling`` starts its seed's draws anew. Raises InvalidPrompt or ContextOverflow, and
-    then the state is unchanged.
+    the pending token, and one that a JSON schema constrains and that is not whole goes on under it. New ``sampling``
+    starts its seed's draws anew. Raises InvalidPrompt or ContextOverflow, and then the state is unchanged.
     """
     engine.check_tokens(state.cache, [*state.tokens[state.cache.length :], *tokens])
+    schema = state.settings.json_schema
+    if tokens or state.finish_reason == "stop" or (settings and settings.json_schema not in ("", schema)):
+        state.constrained_tokens, state.constraint = 0, None
+    elif settings and schema:
+        settings = msgspec.structs.replace(settings, json_schema=schema)
     state.tokens.extend(tokens)
     state.new_tokens = 0
     state.finish_reason = ""
@@ -213,13 +229,26 @@ def context_full(engine: Engine, state: GenerationState) -> bool:
 
 def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedToken:
     """Choose the next token from ``logits``, those of the step that read the pending one, and make it the pending
-    one; sets ``finish_reason`` when it is the answer's last. Raises ModelError when the logits are not numbers."""
-    settings = state.settings
-    choice = state.sampler.sample(logits, state.tokens, top=settings.top_logprobs)
+    one; sets ``finish_reason`` when it is the answer's last. Raises ModelError when the logits are not numbers, or the
+    constraint cannot go on; the state is then not to be used any more."""
+    settings, constraint = state.settings, state.constraint
+    if bool(settings.json_schema) != (constraint is not None):
+        raise ModelError(
+            "choosing a token: the answer's JSON schema and its constraint are not of one state",
+            hint="this is a mistake in Mindstream: please report it",
+            field="json_schema",
+            reason="constraint not attached",
+        )
+    allowed = constraint.allowed() if constraint is not None else None
+    choice = state.sampler.sample(logits, state.tokens, allowed=allowed, top=settings.top_logprobs)
+    if constraint is not None:
+        constraint.take(choice.token)
+        state.constrained_tokens += 1
     state.tokens.append(choice.token)
     state.new_tokens += 1
     state.timing.decoded_tokens += 1
-    if choice.token in engine.spec.eos_token_ids and not settings.ignore_eos:
+    # A constraint that has ended allows nothing more, and one that has not allows no end of sequence.
+    if constraint.ended if constraint else choice.token in engine.spec.eos_token_ids and not settings.ignore_eos:
         state.finish_reason = "stop"
     elif state.new_tokens >= settings.max_new_tokens:
         state.finish_reason = "length"

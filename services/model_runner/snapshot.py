@@ -72,6 +72,7 @@ class _Progress(msgspec.Struct, forbid_unknown_fields=True):
     finish_reason: str
     capacity_tokens: int
     extra: dict[str, Any]
+    constrained_tokens: int = 0
 
 
 class Copied(NamedTuple):
@@ -111,6 +112,7 @@ def copy(
         finish_reason=state.finish_reason,
         capacity_tokens=state.cache.capacity_tokens,
         extra=extra or {},
+        constrained_tokens=state.constrained_tokens,
     )
     return Copied(conversation, creator, list(state.tokens), state.sampler.to_state(), progress, buffer)
 
@@ -215,6 +217,7 @@ def unpack(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[bytes | 
         settings=progress.settings,
         new_tokens=progress.new_tokens,
         finish_reason=progress.finish_reason,
+        constrained_tokens=progress.constrained_tokens,
     )
     return Unpacked(state, "recomputed" if reason else "exact", reason)
 
@@ -253,8 +256,10 @@ def _read_state(engine: Engine, manifest: SnapshotManifest) -> tuple[list[int], 
             f"{manifest.cached_tokens:,} positions, its capacity is {progress.capacity_tokens:,} and the model's "
             f"context {spec.context_tokens:,}",
         )
-    if not 0 <= progress.new_tokens <= len(tokens):
-        raise refused(manifest, "state.new_tokens", f"{progress.new_tokens} of {len(tokens)} tokens")
+    for name in ("new_tokens", "constrained_tokens"):
+        count = getattr(progress, name)
+        if not 0 <= count <= len(tokens):
+            raise refused(manifest, f"state.{name}", f"{count} of {len(tokens)} tokens")
     if max(tokens) >= spec.vocab_size:
         raise refused(manifest, "tokens", f"token {max(tokens)} is not in the vocabulary of {spec.vocab_size:,}")
     return tokens, Sampler.from_state(manifest.sampler), progress

@@ -22,7 +22,13 @@ def sampling_of(ask: ModelGenerate) -> SamplingSettings:
 
 def settings_of(ask: ModelGenerate) -> GenerationSettings:
     """When the answer ends, and what is said with its tokens. Raises InvalidPrompt, naming the field."""
-    return GenerationSettings(ask.max_new_tokens, tuple(ask.stop), ask.ignore_eos, ask.top_logprobs)
+    return GenerationSettings(
+        max_new_tokens=ask.max_new_tokens,
+        stop=tuple(ask.stop),
+        ignore_eos=ask.ignore_eos,
+        top_logprobs=ask.top_logprobs,
+        json_schema=ask.json_schema,
+    )
 
 
 def run_token(chat: ChatFormat, generated: GeneratedToken, text: str) -> RunToken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from bench.model import Options, run
 from services.model_runner.chat import ChatFormat
+from services.model_runner.constrained import Grammars
 from services.model_runner.generation import GenerationSettings, begin, extend, generate
 from services.model_runner.transformers_engine import TransformersEngine
 
@@ -44,6 +46,26 @@ def test_it_answers_and_a_second_turn_reads_only_what_is_new(smollm2: Transforme
     answer = "".join(stream.push(token.token) for token in generate(smollm2, state))
     assert "Rome" in answer
     assert state.timing.reused_tokens == held
+
+
+def test_it_answers_in_json_of_a_schema(smollm2: TransformersEngine, chat: ChatFormat) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed: make install (extra `dev`)")
+    pytest.importorskip("llguidance", reason="llguidance is not installed: make install (extra `model`)")
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"type": "string", "maxLength": 20}},
+        "required": ["capital"],
+        "additionalProperties": False,
+    }
+    prompt = chat.prompt([{"role": "user", "content": "The capital of France, as JSON?"}])
+    spec = smollm2.spec
+    state = begin(smollm2, prompt, settings=GenerationSettings(20, json_schema=json.dumps(schema)))
+    Grammars(chat.tokenizer, spec.vocab_size, spec.eos_token_ids).attach(state)
+    answer = chat.decode([token.token for token in generate(smollm2, state)])
+    assert state.finish_reason == "stop"
+    found = json.loads(answer)
+    jsonschema.validate(found, schema)
+    assert found["capital"] == "Paris"
 
 
 def test_the_spec_is_the_models(smollm2: TransformersEngine) -> None:
