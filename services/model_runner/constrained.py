@@ -10,6 +10,7 @@ Nothing of a matcher is kept: what it has taken are tokens, and they make it aga
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -100,6 +101,11 @@ class Grammars:
     def check(self, schema: str) -> None:
         """Raises InvalidPrompt, naming ``json_schema``, unless answers can be constrained by ``schema``."""
         self._fresh(schema)
+
+    def warm(self, schema: str) -> None:
+        """Make ready what ``begin`` will need, on a thread that holds up nobody; says nothing of a bad schema."""
+        with contextlib.suppress(InvalidPrompt):
+            self._fresh(schema)
 
     def begin(self, schema: str, said: Sequence[int] = ()) -> Constraint:
         """The constraint of an answer, of which ``said`` has been said already.

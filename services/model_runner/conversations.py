@@ -280,6 +280,7 @@ class Conversations:
         state = unpacked.state
         state.sampler = Sampler.from_state(record.sampler)
         state.settings, state.new_tokens, state.finish_reason = record.settings, record.new_tokens, record.finish_reason
+        state.constrained_tokens = record.constrained_tokens
         conversation = Conversation(name, state, record.messages, record.turn_start)
         conversation.last_command = record.last_command
         conversation.whole_chunks = [bytes.fromhex(key) for key in snapshot.extra_of(fetched.manifest)["whole_chunks"]]

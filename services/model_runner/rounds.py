@@ -20,6 +20,7 @@ from protocol.errors import MindstreamError, ModelError, to_wire
 from protocol.messages import RunDone, RunToken, Usage
 from services.model_runner.answers import Answer, Run, given_before
 from services.model_runner.chat import ChatFormat
+from services.model_runner.constrained import Grammars
 from services.model_runner.conversations import Conversation, Conversations
 from services.model_runner.engine import Engine, chunk_ends
 from services.model_runner.generation import accept, context_full
@@ -50,6 +51,11 @@ class Loaded:
     """What all KV caches may take together."""
     budget_reason: str = ""
     """Why so much."""
+    grammars: Grammars = field(init=False)
+
+    def __post_init__(self) -> None:
+        spec = self.engine.spec
+        self.grammars = Grammars(self.chat.tokenizer, spec.vocab_size, spec.eos_token_ids)
 
 
 @dataclass
@@ -211,6 +217,8 @@ class Rounds:
             self._end(work, given_before(self.loaded.chat, run, found))
             return
         turn = self.room.turn(work, run)
+        if turn.settings.json_schema:
+            self.loaded.grammars.check(turn.settings.json_schema)  # Refused while the conversation is as it was.
         conversation = turn.apply(self._engine, found, self.loaded.max_context_tokens)
         self._conversations.hold(conversation)
         self._answer(work, conversation, turn.dropped_tokens)
@@ -225,6 +233,7 @@ class Rounds:
         if not state.cache.length:
             answer.common_chunks = self.room.prefixes.common_chunks(work.conversation, answer.keys)
         self._answers[work] = answer
+        self.loaded.grammars.attach(state)
         self._go_on(answer)
 
     def _go_on(self, answer: Answer) -> None:

@@ -223,6 +223,9 @@ class ModelRunner(Service):
     def generate(self, message: Received) -> Deferred:
         """Queue a run; answered at its end, its tokens being said meanwhile."""
         answer = Deferred()
+        loaded = self.worker.loaded
+        if message.data.json_schema and loaded is not None:
+            loaded.grammars.warm(message.data.json_schema)
         identifier = message.data.run or message.id
         run = Run(
             identifier,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -283,3 +284,56 @@ def test_a_window_moves_on_with_a_conversation_and_with_plain_text(runner: Runne
     text = runner.answer("text", prompt="y" * 3000, on_overflow="window")
     assert text.usage is not None
     assert (text.usage.prompt_tokens, text.usage.dropped_tokens) == (CONTEXT_TOKENS - 8, 3000 - CONTEXT_TOKENS + 8)
+
+
+SCHEMA = '{"type": "object", "properties": {"n": {"enum": [1, 23]}}, "required": ["n"], "additionalProperties": false}'
+
+
+def test_answers_by_a_schema_stand_beside_free_ones_and_go_on_after_a_cut(runner: Runner) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: make install (extra `model`)")
+    go = runner.hold()
+    sampling = {"temperature": 1.0, "seed": 5, "ignore_eos": False}
+    by_schema = runner.submit("json", "hello", json_schema=SCHEMA, max_new_tokens=200, **sampling)
+    cut = runner.submit("cut", "hello", json_schema=SCHEMA, max_new_tokens=3, **sampling)
+    free = runner.submit("free", "hello", max_new_tokens=20)
+    go.set()
+    whole = by_schema.done.result(WAIT_S)
+    assert whole.finish_reason == "stop"
+    assert json.loads(whole.text)["n"] in (1, 23)
+    assert free.done.result(WAIT_S).finish_reason == "length"
+    begun = cut.done.result(WAIT_S)
+    assert begun.finish_reason == "length"
+    # Only what is kept is left of it, as after a restart.
+    runner.worker.between_tokens(lambda loaded: loaded.conversations.forget("cut")).result(WAIT_S)
+    rest = runner.answer("cut", max_new_tokens=200, ignore_eos=False)
+    assert rest.finish_reason == "stop"
+    assert json.loads(begun.text + rest.text)["n"] in (1, 23)
+
+
+def test_a_schema_that_cannot_be_met_is_refused_and_the_conversation_stays_as_it_was(runner: Runner) -> None:
+    first = runner.answer("c", "hello")
+    refused = runner.answer("c", "more", json_schema='{"enum": []}')
+    assert refused.finish_reason == "error"
+    assert refused.error is not None
+    assert isinstance(error := from_wire(refused.error), InvalidPrompt)
+    assert error.field == "json_schema"
+    assert refused.tokens == []
+    again = runner.answer("c", "more")
+    assert again.usage is not None
+    assert first.usage is not None
+    assert again.usage.cached_tokens == first.usage.prompt_tokens + 8 - 1
+
+
+def test_the_likeliest_tokens_are_said_as_text(runner: Runner) -> None:
+    run = runner.submit("c", "hello", top_logprobs=2)
+    run.done.result(WAIT_S)
+    for token in runner.tokens[run.identifier]:
+        assert token.top[0].token == token.token
+        assert token.top[0].logprob >= token.top[1].logprob
+        assert all(chance.text for chance in token.top)
+
+
+def test_the_penalty_is_heeded(runner: Runner) -> None:
+    plain = runner.answer("plain", "hello", max_new_tokens=40)
+    turned = runner.answer("turned", "hello", max_new_tokens=40, repetition_penalty=50.0)
+    assert len(set(turned.tokens)) > len(set(plain.tokens))
