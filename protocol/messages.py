@@ -312,7 +312,9 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     """So many of the likeliest tokens are said with each token."""
     json_schema: str = ""
-    """The answer is JSON that this JSON Schema accepts; ``{}`` is any JSON."""
+    """The answer is JSON that this JSON Schema accepts; ``{}`` is any JSON. It is whole when the run ends with
+    ``stop``, and cut where it ends with ``length`` or ``cancelled``. Without new messages an answer that was cut goes
+    on under its schema."""
     priority: Literal["person", "background"] = "person"
     """Somebody waits for the answer, or nobody does: it then gives way to those that somebody waits for."""
     on_overflow: Literal["refuse", "window"] = "refuse"
