@@ -218,7 +218,7 @@ class Connection:
         if self.subscribed.is_set():
             return
         if fault is None:
-            fault = Fault(f"no answer in {timeout_s:g} s", "unreachable")
+            fault = Fault(f"no answer in {timeout_s:g} s", "no answer in time")
         raise NotConnected(
             f"connecting {self.source} to {self.url}: {fault.text}",
             hint=fault.hint,

@@ -43,7 +43,10 @@ _EXIT_OF: tuple[tuple[type[MindstreamError], int], ...] = (
     (errors.ModelUnavailable, EXIT_NOT_FOUND),
 )
 
-CONNECT_TIMEOUT_S = 8.0
+REFUSED_TIMEOUT_S = 3.0
+"""A broker that is just being started has this long to listen."""
+CONNECT_TIMEOUT_S = 10.0
+"""One that listens has this long to answer: it may have much to do."""
 RETAINED_TIMEOUT_S = 3.0
 """A retained message comes with the subscription, at once: after this long there is none."""
 
@@ -106,7 +109,7 @@ def broker_url(config: Config) -> str:
 def connected(config: Config, *, wait: bool = True) -> Iterator[Bus]:
     """A bus connection of this node under the client name ``cli-PID``. Raises NotConnected.
 
-    With ``wait`` false it is not started, so that hearings can be added first; start it with ``CONNECT_TIMEOUT_S``.
+    With ``wait`` false it is not started, so that hearings can be added first: ``connect`` it then.
     """
     import logging
 
@@ -125,10 +128,20 @@ def connected(config: Config, *, wait: bool = True) -> Iterator[Bus]:
     )
     try:
         if wait:
-            bus.start(CONNECT_TIMEOUT_S)
+            connect(bus)
         yield bus
     finally:
         bus.stop()
+
+
+def connect(bus: Bus) -> None:
+    """Connect. Raises NotConnected, soon when nothing listens there."""
+    try:
+        bus.start(REFUSED_TIMEOUT_S)
+    except errors.NotConnected as error:
+        if error.reason != "no answer in time":
+            raise
+        bus.wait_subscribed(CONNECT_TIMEOUT_S)
 
 
 def expect_service(bus: Bus, node: str, service: str) -> None:

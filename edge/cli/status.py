@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge.cli.context import (
-    CONNECT_TIMEOUT_S,
     EXIT_NOT_READY,
     JsonOption,
+    connect,
     connected,
     expect_service,
     load,
@@ -47,7 +47,7 @@ def status(
     config = load()
     with connected(config, wait=False) as bus:
         states = StatusWatch(bus, config, check_name(node, "node") if node else config.node.name)
-        bus.start(CONNECT_TIMEOUT_S)
+        connect(bus)
         states.wait_retained()
         if watch and not json:
             _stay(states)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edge.cli.context import CONNECT_TIMEOUT_S, connected, load
+from edge.cli.context import connect, connected, load
 
 LONGEST_LINE = 400
 QUEUE_MESSAGES = 10_000
@@ -42,7 +42,7 @@ def watch(
     shown = told = 0
     with connected(load(), wait=False) as bus:
         bus.watch(wanted, take)
-        bus.start(CONNECT_TIMEOUT_S)
+        connect(bus)
         try:
             while time.monotonic() < deadline_s and not (count and shown >= count):
                 try:

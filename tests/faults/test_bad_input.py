@@ -57,7 +57,7 @@ def service(broker: Broker, answers: Answers) -> Iterator[Bus]:
     bus.hear(SnapshotAnnounce, lambda message: None)
     bus.start()
     yield bus
-    bus.stop()
+    bus.stop(timeout_s=2.0)
 
 
 @pytest.fixture

@@ -98,6 +98,8 @@ class Node:
     def memories(self) -> list[tuple[str, str]]:
         """(id, text) of every memory in its database, as another process sees it."""
         connection = apsw.Connection(str(self.data_dir / "memory_store" / "memory.db"), flags=apsw.SQLITE_OPEN_READONLY)
+        # After a kill whoever opens it first puts it in order, and the others wait.
+        connection.set_busy_timeout(int(DEADLINE_S * 1000))
         try:
             return list(connection.execute("SELECT id, text FROM memories"))
         finally:
