@@ -141,7 +141,6 @@ class SyncBridge(Service):
                 name, peer = due
             try:
                 fetched, offered = self._compare(name)
-                peer.fetched += fetched
                 peer.behind = max(0, offered - fetched)
                 peer.waiting_for = "" if fetched or not offered else "nothing of what it holds was accepted"
                 progress = fetched > 0
@@ -203,6 +202,7 @@ class SyncBridge(Service):
             merged: MemoryMerged = self.bus.ask(self.node, MemoryMerge(entries=found.entries), ttl_ms=ASK_TTL_MS)
             self.bus.counters.add("repaired", merged.stored)
             fetched += merged.stored
+            self._peers[peer].fetched += merged.stored  # at once: what comes after may fail
             if merged.refused:
                 return fetched  # not trusted, or a fork: the store has said so
             first += len(found.entries)

@@ -73,6 +73,12 @@ def test_a_node_that_was_away_for_500_memories_catches_up_from_a_broker_that_rem
         wait_for(lambda: held(sprout) == first, "sprout never had the first one")
         assert sprout.stop() == 0
         acknowledged = first | put_many(watcher, "tomato", PUTS)
+
+        def all_said() -> bool:
+            store = watcher.details("tomato", "memory_store")
+            return store.get("memories") == PUTS + 1 and store.get("unpublished") == 0
+
+        wait_for(all_said, "tomato's store does not say that all is published")
         kill_broker(broker)
         for file in tmp_path.glob("mosquitto/*.db"):
             file.unlink()  # what a Mosquitto keeps for its clients: it shall have nothing for sprout
