@@ -257,8 +257,9 @@ def test_many_ask_at_once_and_the_runner_says_how_it_stands(pair: Pair) -> None:
 def test_plain_text_is_gone_on_from(pair: Pair) -> None:
     done = pair.ask("tomato", new("plain"), prompt="The capital of France is", keep=False, max_new_tokens=4)
     assert "Paris" in done.text
-    with pytest.raises(InvalidPrompt, match="prompt_tokens"):
+    with pytest.raises(InvalidPrompt, match="token 100000000 at position 0") as caught:
         pair.ask("tomato", new("plain"), prompt_tokens=[10**8])
+    assert caught.value.field == "prompt_tokens"
 
 
 def test_an_asker_that_vanishes_takes_along_the_run_that_is_not_kept_and_leaves_the_other(pair: Pair) -> None:
