@@ -178,6 +178,20 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
     embedding: Annotated[
         str, Meta(description="Embedding model for `/v1/embeddings` (`mindstream models`). Empty: none.")
     ] = "all-minilm-l6-v2"
+    engine: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|transformers|onnx)$",
+            description="`auto`, `transformers`, or `onnx` (built models; `mindstream models build`).",
+        ),
+    ] = "auto"
+    precision: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|int8|int4|fp16|fp32)$",
+            description="Of a built model's weights: `auto`, `int8`, `int4`, `fp16` or `fp32`.",
+        ),
+    ] = "auto"
     device: Annotated[str, Meta(description="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto"
     dtype: Annotated[str, Meta(description="`auto`, `bfloat16`, `float16` or `float32`.")] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of the engine; 0 lets it choose.")] = 0

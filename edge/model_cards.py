@@ -187,6 +187,37 @@ def other_builds(cache: Path, name: str = "") -> Iterator[tuple[Path, ModelUnava
                 yield path, error
 
 
+def check_built_files(built: Built, cache: Path) -> None:
+    """Raise ModelUnavailable unless every file is what the card says.
+
+    Contents are read when size or modification time are not those of the last time, a second for each GB.
+    """
+    from edge.file_digests import FileDigests
+
+    digests = FileDigests(cache)
+    card = built.card
+    try:
+        for file in card.files:
+            path = built.folder / file.name
+            try:
+                size_bytes, why = path.stat().st_size, ""
+                if size_bytes != file.size_bytes:
+                    why = f"it has {size_bytes:,} bytes, not {file.size_bytes:,}"
+                elif digests.sha256(path) != file.sha256:
+                    why = "its SHA-256 is not the one of its card"
+            except OSError as error:
+                why = f"it cannot be read: {error.strerror}"
+            if why:
+                raise ModelUnavailable(
+                    f"checking {path}: {why}",
+                    hint=f"mindstream models rm {card.model} --variant {card.variant}, then "
+                    f"mindstream models build {card.model} --precision {card.precision} --provider {card.provider}",
+                    reason="damaged",
+                )
+    finally:
+        digests.save()
+
+
 class _BuildOnly(msgspec.Struct):
     build: int
 

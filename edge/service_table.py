@@ -15,7 +15,7 @@ class ServiceRow:
     class_name: str
     about: str
     needs: tuple[str, ...] = ()
-    """Packages that must be importable, beyond the core's."""
+    """Packages that must be importable, beyond the core's; ``a|b``: one of them."""
     extra: str = ""
     """The extra of pyproject.toml that brings them."""
     always: bool = False
@@ -67,7 +67,7 @@ SERVICES: tuple[ServiceRow, ...] = (
         "services.model_runner.service",
         "ModelRunner",
         "runs a local model: conversations, snapshots, handoff",
-        needs=("torch", "transformers", "numpy"),
+        needs=("torch|onnxruntime", "numpy", "tokenizers", "jinja2"),
         extra="model",
         memory_max="90%",
         devices=("gpu",),
@@ -94,4 +94,8 @@ BY_NAME = {row.name: row for row in SERVICES}
 
 def missing_packages(row: ServiceRow) -> list[str]:
     """What of ``row.needs`` is not installed; nothing is imported to find out."""
-    return [name for name in row.needs if importlib.util.find_spec(name) is None]
+
+    def here(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    return [name.replace("|", " or ") for name in row.needs if not any(map(here, name.split("|")))]

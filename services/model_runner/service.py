@@ -11,7 +11,6 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,8 +19,7 @@ from edge.answers import remaining_ms
 from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
-from edge.hardware import Choice, choose_device, describe
-from edge.models import Hold, ensure
+from edge.models import Hold
 from edge.service import Context, Service, hears
 from protocol.codec import Received
 from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
@@ -45,7 +43,7 @@ from protocol.messages import (
     SnapshotManifestAsk,
     SnapshotSaved,
 )
-from services.model_runner import snapshot
+from services.model_runner import engines, snapshot
 from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
 from services.model_runner.embedding import Embeddings
@@ -80,6 +78,8 @@ class ModelRunner(Service):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.blob_bus = self.open_bus("blob")
+
+        self._chosen: engines.Chosen | None = None
 
     def setup(self) -> None:
         self.db = open_database(self.context.data_dir / "conversations.db", schema=CONVERSATIONS)
@@ -130,6 +130,8 @@ class ModelRunner(Service):
         return {
             "model": spec.name,
             "engine": numerics.engine,
+            "engine_reason": self._chosen.reason if self._chosen else "",
+            **({"precision": self._chosen.precision} if self._chosen and self._chosen.precision else {}),
             "device": numerics.device,
             "device_reason": loaded.device_reason,
             "dtype": spec.dtype,
@@ -157,27 +159,18 @@ class ModelRunner(Service):
         }
 
     def _load(self) -> Loaded:
-        """Find and load the model; torch is imported here and not before. Raises ModelUnavailable."""
+        """Choose an engine and load the model; what computes is imported here and not before.
+
+        Raises ModelUnavailable.
+        """
         settings = self.config.model
-        files = ensure(settings.name, folders=[Path(folder) for folder in settings.folders])
-        log.info("loading %s from %s", settings.name, files.folder)
-        self._model_hold = Hold(files.folder)  # until this process ends
-        from torch.cuda import is_available
-
+        chosen = engines.choose(settings, on_progress=log.info)
+        log.info("%s on the %s engine from %s: %s", settings.name, chosen.engine, chosen.folder, chosen.reason)
+        self._model_hold = Hold(chosen.folder)  # until this process ends
+        self._chosen = chosen
         from services.model_runner.chat import ChatFormat
-        from services.model_runner.transformers_engine import TransformersEngine
 
-        device = Choice(settings.device, "set in the configuration")
-        if settings.device == "auto":
-            device = choose_device(describe(), torch_cuda=is_available())
-        engine = TransformersEngine.load(
-            files.folder,
-            name=settings.name,
-            device=device.value,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            cache_dir=self.context.data_dir,
-        )
+        engine = engines.load(chosen, settings, self.context.data_dir)
         context = min(settings.max_context_tokens or engine.spec.context_tokens, engine.spec.context_tokens)
         conversations = Conversations(
             self.db,
@@ -189,13 +182,13 @@ class ModelRunner(Service):
         )
         budget = kv_budget(settings.kv_memory_mib, *free_memory(engine.fingerprint.device))
         log.info("KV caches may take %.0f MiB: %s", budget.size_bytes / MIB, budget.reason)
-        chat = ChatFormat.load(files.folder)
+        chat = ChatFormat.load(chosen.folder)
         return Loaded(
             engine,
             chat,
             conversations,
             context,
-            device.reason,
+            chosen.device.reason,
             max_batch=settings.max_batch,
             kv_budget_bytes=budget.size_bytes,
             budget_reason=budget.reason,
