@@ -17,7 +17,7 @@ import msgspec
 from edge.model_registry import ModelFile
 from protocol.errors import ModelUnavailable
 
-BUILD = 1
+BUILD = 2
 """Raised when what is built, or how the folder is laid out, changes: other numbers are refused, and built again."""
 CARD_NAME = "card.json"
 GRAPH_NAME = "model.onnx"

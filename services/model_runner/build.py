@@ -1,9 +1,9 @@
 """The child process that builds a model for ONNX Runtime: ``python -m services.model_runner.build SOURCE FOLDER
 PRECISION PROVIDER [--no-check]``.
 
-onnxruntime-genai's builder writes the graph, with keys and values as plain inputs and outputs; then the graph is
-compared with its source (build_check.py). Started by edge/model_build.py, which reads the lines of JSON on standard
-output (``edge.model_build.Said``); what the libraries say goes to standard error.
+onnxruntime-genai's builder writes the graph, with keys and values as plain inputs and outputs; quantise.py rounds its
+weights; then it is compared with its source (build_check.py). Started by edge/model_build.py, which reads the lines of
+JSON on standard output (``edge.model_build.Said``); what the libraries say goes to standard error.
 """
 
 from __future__ import annotations
@@ -36,24 +36,36 @@ def build(source: Path, folder: Path, precision: str, provider: str, check: bool
     say(Said(doing="loading torch, transformers and the builder"))
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
+    from services.model_runner.quantise import METHODS, quantise
+
     architecture = _architecture(source)
     say(Said(doing=f"building {architecture} as {precision} for {provider}"))
-    scratch = folder / "scratch"
+    rounded = precision in METHODS
+    graph, scratch = folder / "graph", folder / "scratch"
+    graph.mkdir()
+    place: tuple[Any, ...] = ("", str(source), str(graph), "fp32" if rounded else precision, provider, str(scratch))
     try:
-        options = parse_extra_options("", str(source), str(folder), precision, provider, str(scratch), _OPTIONS)
+        options = parse_extra_options(*place, _OPTIONS)
         _one_rope_base(options["hf_details"]["hf_config"])
-        create_model("", str(source), str(folder), precision, provider, str(scratch), **options)
+        create_model(*place, **options)
     except NotImplementedError as error:
         raise ModelUnavailable(
             f"onnxruntime-genai {version('onnxruntime-genai')} builds no {architecture}: {error}",
             reason="unknown architecture",
         ) from error
+    if not (graph / GRAPH_NAME).is_file():
+        raise ModelUnavailable(f"the builder left no {GRAPH_NAME}: {sorted(path.name for path in graph.iterdir())}")
+    if rounded:
+        say(Said(doing=f"rounding the weights to {precision}"))
+        quantise(graph, folder, precision, lambda line: say(Said(doing=line)))
+    for path in graph.iterdir():
+        if not (rounded and path.name.startswith(GRAPH_NAME)):
+            path.rename(folder / path.name)
+    shutil.rmtree(graph)
     shutil.rmtree(scratch, ignore_errors=True)
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not (folder / GRAPH_NAME).is_file():
-        raise ModelUnavailable(f"the builder left no {GRAPH_NAME}: {sorted(path.name for path in folder.iterdir())}")
     measured = None
     if check:
         from services.model_runner.build_check import check_built
@@ -61,7 +73,7 @@ def build(source: Path, folder: Path, precision: str, provider: str, check: bool
         measured = check_built(source, folder, provider, lambda line: say(Said(doing=line)))
     say(
         Said(
-            method="the builder's own rounding" if precision.startswith("int") else "",
+            method=METHODS.get(precision, f"weights and activations in {precision}"),
             versions=_versions(),
             architecture=architecture,
             measured=measured,
