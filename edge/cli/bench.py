@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edge.config import Config
 
-BENCHMARKS = ("broker", "bus", "model", "record", "start", "units")
+BENCHMARKS = ("broker", "bus", "engines", "model", "record", "start", "units")
 
 
 def bench(
@@ -28,6 +28,13 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="A short run: shows that it works, its figures mean little.")
     ] = False,
+    only: Annotated[
+        str, typer.Option("--only", metavar="PART,…", help="engines: these parts alone; a wrong name lists them.")
+    ] = "",
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045 - as above
+        typer.Option("--plot", metavar="FILE", help="engines: tokens a second against context length, as SVG."),
+    ] = None,
 ) -> None:
     """Measure this machine. Ratios compare two things that were run alternately in the same call."""
     if name not in BENCHMARKS:
@@ -37,7 +44,14 @@ def bench(
     def progress(line: str) -> None:
         print(f"  {line}", file=sys.stderr, flush=True)
 
-    figures = _model(module, load(), quick, progress) if name == "model" else module.run(quick=quick, progress=progress)
+    if (only or plot) and name != "engines":
+        raise typer.BadParameter("only `engines` has parts and a plot", param_hint="--only" if only else "--plot")
+    if name == "engines":
+        figures = _engines(module, load(), quick, only, plot, progress)
+    elif name == "model":
+        figures = _model(module, load(), quick, progress)
+    else:
+        figures = module.run(quick=quick, progress=progress)
     if json is not None:
         _write(json, figures)
     if json != Path("-"):
@@ -53,6 +67,27 @@ def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], N
     device = "cpu" if settings.device == "auto" else settings.device
     options = module.Options(folder, device=device, dtype=settings.dtype, threads=settings.threads, quick=quick)
     figures: dict[str, Any] = module.run(options, progress)
+    return figures
+
+
+def _engines(
+    module: Any, config: Config, quick: bool, only: str, plot: Path | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    from edge.files import storage_errors
+
+    folders = [Path(folder) for folder in config.model.folders]
+    options = module.Options(
+        module.model_of(config.model.name, folders, progress),
+        module.families(folders, progress),
+        threads=config.model.threads,
+        quick=quick,
+        **({"parts": only.split(",")} if only else {}),
+    )
+    figures: dict[str, Any] = module.run(options, progress)
+    if plot is not None:
+        picture = importlib.import_module("bench.engines.plot").svg(figures)
+        with storage_errors(f"writing {plot}"):
+            plot.write_text(picture, encoding="utf-8")
     return figures
 
 

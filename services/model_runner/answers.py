@@ -28,8 +28,6 @@ class Run:
     """``node/client``: who asks, for fairness."""
     expires_s: float = float("inf")
     """``time.monotonic()`` at the end of the ask's time to live: nobody waits after."""
-    reads_only: bool = False
-    """Nothing is answered: its conversation's tokens are read into the KV cache, where that does not hold them."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     asked_s: float = field(default_factory=time.monotonic)
 
@@ -54,8 +52,6 @@ class Answer:
         """Of the whole chunks of its prompt (``prefixes.chunk_keys``)."""
         self.common_chunks = 0
         """Of those, how many other prompts began with."""
-        self.when_read: list[Future[None]] = []
-        """Resolved when the prompt has been read, or the run has ended."""
         self.tried_again = False
         """Whether its prompt was read a second time, for want of memory."""
         self._stream, self._before = _said_so_far(chat, run.ask, conversation)

@@ -213,9 +213,6 @@ class Rounds:
     def _begin_here(self, work: Work) -> None:
         run, name = self.runs[work], work.conversation
         found = self._conversations.find(name)
-        if run.reads_only:
-            self._answer(work, self._conversations.get(name), dropped_tokens=0)
-            return
         if found is not None and found.last_command == run.command:
             self._end(work, given_before(self.loaded.chat, run, found))
             return
@@ -243,25 +240,8 @@ class Rounds:
         """To reading its prompt, or to decoding when that is read."""
         state = answer.state
         answer.work.left_tokens = len(state.tokens) - 1 - state.cache.length
-        if not answer.work.left_tokens:
-            _resolve(answer.when_read)
-            if answer.run.reads_only:
-                self._end(answer.work, answer.run.not_begun())
-                return
         with self.lock:
             self.scheduler.move(answer.work, "reading" if answer.work.left_tokens else "decoding")
-
-    def when_read(self, name: str, read: Future[None]) -> bool:
-        """Resolve ``read`` when the cache of conversation ``name`` holds its tokens; False when nobody is at it."""
-        live = self._conversations.live(name)
-        if live is not None and live.state.prefilled:
-            read.set_result(None)
-            return True
-        for answer in self._answers.values():
-            if answer.work.conversation == name:
-                answer.when_read.append(read)
-                return True
-        return False
 
     # --- a round --------------------------------------------------------------------------------------------
 
@@ -457,9 +437,7 @@ class Rounds:
         self._end(work, RunDone(run.identifier, work.conversation, "", [], "error", error=to_wire(error)))
 
     def _end(self, work: Work, done: RunDone) -> None:
-        answer = self._answers.pop(work, None)
-        if answer is not None:
-            _resolve(answer.when_read)
+        self._answers.pop(work, None)
         self._conversations.in_use.discard(work.conversation)
         self.room.end(work)
         with self.lock:
@@ -472,10 +450,7 @@ class Rounds:
         records = {
             work.conversation: self._conversations.encode(answer.conversation, answer.run.command)
             for work, answer in self._answers.items()
-            if answer.conversation.keep
-            and work.stage != "away"
-            and answer.state.new_tokens
-            and not answer.run.reads_only
+            if answer.conversation.keep and work.stage == "decoding" and answer.state.new_tokens
         }
         if not records:
             return
@@ -487,8 +462,3 @@ class Rounds:
                 self.report("failed.checkpoint", f"{len(records)} answers under way were not kept: {error}")
 
         self._keeper.submit(keep)
-
-
-def _resolve(futures: list[Future[None]]) -> None:
-    while futures:
-        futures.pop().set_result(None)

@@ -35,10 +35,8 @@ from protocol.messages import (
     ModelResume,
     ModelResumed,
     ModelSnapshot,
-    NodeState,
     RunDone,
     RunToken,
-    ServiceState,
     SnapshotAnnounce,
     SnapshotManifestAsk,
     SnapshotSaved,
@@ -86,8 +84,6 @@ class ModelRunner(Service):
         self.store = SnapshotStore(self.context.data_dir / "snapshots")
         self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
-        self._gone_s: dict[str, float] = {}
-        """When nodes and gateways went away, by ``time.monotonic()``."""
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.worker = Worker(self._load, self._say_token, self._report)
         self.embeddings = Embeddings(self.config.model)
@@ -241,36 +237,6 @@ class ModelRunner(Service):
         """Stop a run after its current token."""
         return ModelCancelled(found=self.worker.cancel(message.data.run))
 
-    @hears(NodeState)
-    def node_state(self, message: Received) -> None:
-        """Note which nodes go away: a run that is not to be kept is of no use without its asker."""
-        self._note_gone(message.node, message.data.state)
-
-    @hears(ServiceState, service="gateway")
-    def gateway_state(self, message: Received) -> None:
-        """The same of gateways, which ask for others."""
-        self._note_gone(f"{message.node}/gateway", message.data.state)
-
-    def _note_gone(self, who: str, state: str) -> None:
-        if state not in ("lost", "disconnected"):
-            self._gone_s.pop(who, None)
-        else:
-            self._gone_s.setdefault(who, time.monotonic())
-
-    def tick(self) -> None:
-        """Stop runs that nobody waits for and nobody will look at."""
-
-        def gone(run: Run) -> bool:
-            # One that was gone already when it asked is no node of ours, or says nothing of how it is.
-            node = run.asker.partition("/")[0]
-            return any(self._gone_s.get(who, 0.0) > run.asked_s for who in (node, run.asker))
-
-        abandoned = self.worker.cancel_abandoned(gone)
-        if abandoned:
-            self.bus.counters.add("cancelled.abandoned", len(abandoned))
-            text = f"run {abandoned[0]} was stopped: its asker is gone, and it was not to be kept"
-            self.bus.events.report("run-abandoned", "info", text, count=len(abandoned))
-
     def _say_token(self, run: str, token: RunToken) -> None:
         """On the worker's thread."""
         self.sayer.say(lambda: self._publish_token(run, token), droppable=True)
@@ -318,11 +284,8 @@ class ModelRunner(Service):
         started_s = time.monotonic()
 
         def write() -> SnapshotSaved:
-            self.worker.read(name).result()
             # Copied between two tokens, written while the next ones are already being generated.
-            copied = self.worker.between_tokens(lambda loaded: self._copy(loaded, name)).result()
-            assert self.worker.loaded is not None
-            packed = snapshot.describe(self.worker.loaded.engine, copied)
+            packed = self.worker.between_tokens(lambda loaded: self._pack(loaded, name)).result()
             signed = seal_manifest(self.context.identity, packed.manifest)
             identifier = self.store.save(signed, packed.manifest.chunks, packed.chunks)
             size_bytes = packed.manifest.total_bytes + len(signed.manifest)
@@ -337,11 +300,11 @@ class ModelRunner(Service):
 
         return _deferred(self._savers.submit(write))
 
-    def _copy(self, loaded: Loaded, name: str) -> snapshot.Copied:
+    def _pack(self, loaded: Loaded, name: str) -> snapshot.Packed:
         """Copy a conversation, on the worker's thread."""
         conversation = loaded.conversations.get(name)
         state = conversation.state
-        if not state.prefilled:  # it had to leave the memory again in this very moment
+        if not state.prefilled:
             snapshot.recompute(loaded.engine, state)
         messages = conversation.messages
         if name in self.worker.running and len(state.tokens) > conversation.turn_start:
@@ -351,7 +314,7 @@ class ModelRunner(Service):
             said = loaded.chat.decode(state.tokens[conversation.turn_start :])
             messages = [*messages, ChatMessage("assistant", said)]
         extra = msgspec.to_builtins(_Extra(messages, conversation.turn_start))
-        return snapshot.copy(loaded.engine, state, conversation=name, creator=self.node, extra=extra)
+        return snapshot.pack(loaded.engine, state, conversation=name, creator=self.node, extra=extra)
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:
@@ -397,7 +360,6 @@ class ModelRunner(Service):
             fetched_bytes += chunks_bytes
         transferred_s = time.monotonic()
         resumed = self.worker.between_tokens(lambda loaded: self._restore(loaded, manifest, name, chunks)).result()
-        self.worker.read(name).result()  # unless it came exact
         return ModelResumed(
             conversation=name,
             how=resumed.how,
@@ -461,9 +423,9 @@ class ModelRunner(Service):
     def _restore(self, loaded: Loaded, manifest: SnapshotManifest, name: str, chunks: list[bytes]) -> snapshot.Unpacked:
         self._check_not_running(name)  # a run may have begun while the chunks were on their way
         resumed = snapshot.unpack(loaded.engine, manifest, chunks)
+        if resumed.how != "exact":
+            snapshot.recompute(loaded.engine, resumed.state)
         messages, turn_start = _extra(manifest)
-        if loaded.conversations.parking is not None:
-            loaded.conversations.parking.discard(name)
         conversation = loaded.conversations.hold(Conversation(name, resumed.state, messages, turn_start))
         loaded.conversations.save(conversation)
         return resumed

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from protocol.errors import Cancelled, MindstreamError, ModelUnavailable, from_wire
-from protocol.ids import uuid7
-from protocol.messages import ModelGenerate, RunDone, RunToken
+from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
+from protocol.messages import RunToken
 from services.model_runner.answers import Run
 from services.model_runner.rounds import Loaded, Report, Rounds
 from services.model_runner.scheduler import Scheduler, Work
@@ -73,10 +71,6 @@ class Worker:
             done.set_exception(_stopped())
         if self._thread.is_alive():
             self._thread.join(10.0)
-        with self._wake:
-            reading = [run.done for run in self._runs.values() if run.reads_only]
-        for done_reading in reading:  # nobody knows of them who could ask again
-            done_reading.set_exception(_stopped())
 
     @property
     def died(self) -> bool:
@@ -128,39 +122,6 @@ class Worker:
             self._jobs.append((job, done))
             self._wake.notify_all()
         return done
-
-    def read(self, name: str) -> Future[None]:
-        """Have the cache of conversation ``name`` hold its tokens: fetched, or read chunk by chunk between the steps
-        of others. Raises as ``between_tokens``; the future ConversationUnknown as well."""
-        read: Future[None] = Future()
-
-        def begin(_: Loaded) -> None:
-            assert self.rounds is not None
-            if self.rounds.when_read(name, read):
-                return
-            run = Run(uuid7(), "", ModelGenerate(name, max_new_tokens=1), Future(), reads_only=True)
-            run.done.add_done_callback(lambda done: _copy_end(done, read))
-            self.submit(run)
-
-        def begun(done: Future[None]) -> None:
-            error = done.exception()
-            if error is not None:
-                read.set_exception(error)
-
-        self.between_tokens(begin).add_done_callback(begun)
-        return read
-
-    def cancel_abandoned(self, gone: Callable[[Run], bool]) -> list[str]:
-        """Stop runs whose conversation is not to be kept and whose asker is gone, or has stopped waiting; their ids.
-        Those that are kept go on: their asker may come back for what was said."""
-        now_s = time.monotonic()
-        with self._wake:
-            abandoned = [
-                run.identifier
-                for run in self._runs.values()
-                if not run.ask.keep and not run.cancelled.is_set() and (now_s > run.expires_s or gone(run))
-            ]
-        return [identifier for identifier in abandoned if self.cancel(identifier)]
 
     def _check_available(self) -> None:
         if self.unavailable is not None:
@@ -227,16 +188,6 @@ def _stopped() -> Cancelled:
     return Cancelled(
         "waiting for the model: the model runner is stopping", hint="ask again when it is back", reason="stopping"
     )
-
-
-def _copy_end(done: Future[RunDone], read: Future[None]) -> None:
-    error = done.exception()
-    if error is None and (said := done.result().error) is not None:
-        error = from_wire(said)
-    if error is not None:
-        read.set_exception(error)
-    else:
-        read.set_result(None)
 
 
 def _broken_model(error: Exception) -> ModelUnavailable:

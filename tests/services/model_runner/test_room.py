@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edge.db import Database, open_database
-from protocol.errors import ConversationUnknown, ModelError
+from protocol.errors import ModelError
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
 from services.model_runner.answers import Run
@@ -355,51 +355,3 @@ def test_half_an_answer_that_was_cut_is_dropped_when_another_turn_is_asked(
     assert late.usage is not None
     assert late.usage.prompt_tokens > done.usage.prompt_tokens
     assert after.count("resumed.answers") == 0
-
-
-# --- reading without answering, and those who are gone -----------------------------------------------------------
-
-
-def test_a_conversation_is_read_between_the_steps_of_others_and_none_is_answered(make: Make) -> None:
-    before = make("node")
-    turns(before, ["c", "talking"], "word " * 100)
-    before.stop()
-    after = make("node")
-    begun = threading.Event()
-    after.on_token = lambda _run, token: begun.set() if token.index == 1 else None
-    talking = after.submit("talking", "go on", max_new_tokens=100)
-    assert begun.wait(WAIT_S)
-    tokens = after.loaded.conversations.history("c")
-    after.worker.read("c").result(WAIT_S)
-    state = after.worker.between_tokens(lambda loaded: loaded.conversations.get("c").state).result(WAIT_S)
-    assert state.prefilled
-    assert tokens is not None
-    assert state.tokens == tokens.tokens
-    after.worker.read("talking").result(WAIT_S)  # it is there already
-    assert talking.done.result(WAIT_S).finish_reason == "length"
-    with pytest.raises(ConversationUnknown, match="nobody"):
-        after.worker.read("nobody").result(WAIT_S)
-    held = len(tokens.tokens)
-    done = after.answer("c", "and now?")
-    assert done.usage is not None
-    assert done.usage.cached_tokens == held - 1
-
-
-def test_runs_of_those_who_are_gone_are_stopped_unless_they_are_kept(make: Make) -> None:
-    runner = make()
-    begun = threading.Event()
-    runner.on_token = lambda _run, token: begun.set() if token.index == 3 else None
-    kept = runner.submit("kept", "hello", max_new_tokens=300)
-    private = runner.submit("private", "hello", max_new_tokens=900, keep=False)
-    behind = runner.submit("private", "and", keep=False)
-    assert begun.wait(WAIT_S)
-    assert runner.worker.cancel_abandoned(lambda _: False) == []
-    stopped = runner.worker.cancel_abandoned(lambda run: run.asker == "tester/1")
-    assert sorted(stopped) == sorted([private.identifier, behind.identifier])
-    assert private.done.result(WAIT_S).finish_reason == "cancelled"
-    assert behind.done.result(WAIT_S).finish_reason == "cancelled"
-    assert kept.done.result(WAIT_S).finish_reason == "length"
-    expired = runner.submit("late", "hello", max_new_tokens=900, keep=False)
-    expired.expires_s = 0.0
-    assert runner.worker.cancel_abandoned(lambda _: False) == [expired.identifier]
-    assert expired.done.result(WAIT_S).finish_reason == "cancelled"

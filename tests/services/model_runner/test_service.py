@@ -41,7 +41,6 @@ from protocol.messages import (
     ModelResume,
     ModelResumed,
     ModelSnapshot,
-    NodeState,
     RunDone,
     RunToken,
     SnapshotManifestAsk,
@@ -232,54 +231,6 @@ def test_conversations_answered_together_do_not_disturb_each_other(pair: Pair) -
     assert second.usage.cached_tokens > 0
     assert fourth.usage is not None
     assert fourth.usage.cached_tokens > 0
-
-
-def test_many_ask_at_once_and_the_runner_says_how_it_stands(pair: Pair) -> None:
-    asked = [
-        pair.ask_later("tomato", new("many"), f"Say {number}.", keep=False, max_new_tokens=8) for number in range(12)
-    ]
-    for answer in asked:
-        done = answer.result()
-        assert done.tokens
-        assert done.usage is not None
-        assert done.usage.queued_ms >= 0
-        assert done.usage.batch_mean == 1.0, "max_batch is 1 here"
-
-    def details() -> dict[str, Any]:
-        return dict(pair.watcher.services["tomato", SERVICE].details)
-
-    wait_for(lambda: details().get("kv_used_mib", 0) > 0, "it does not say what its caches take")
-    said = details()
-    assert said["kv_budget_mib"] > said["kv_used_mib"]
-    assert "free" in said["kv_budget_reason"]
-
-
-def test_plain_text_is_gone_on_from(pair: Pair) -> None:
-    done = pair.ask("tomato", new("plain"), prompt="The capital of France is", keep=False, max_new_tokens=4)
-    assert "Paris" in done.text
-    with pytest.raises(InvalidPrompt, match="token 100000000 at position 0") as caught:
-        pair.ask("tomato", new("plain"), prompt_tokens=[10**8])
-    assert caught.value.field == "prompt_tokens"
-
-
-def test_an_asker_that_vanishes_takes_along_the_run_that_is_not_kept_and_leaves_the_other(pair: Pair) -> None:
-    names = {keep: new("vanished") for keep in (True, False)}
-    ends: dict[str, RunDone] = {}
-    with Bus(url=pair.bus.url, node="visitor", client="talker") as visitor:
-        visitor.say(NodeState("ready", 0))
-        for name in names.values():
-            pair.bus.hear(RunDone, lambda message: ends.update({message.data.conversation: message.data}), run=name)
-        pair.bus.wait_subscribed(5.0)
-        for keep, name in names.items():
-            ask = ModelGenerate(
-                name, [ChatMessage("user", STORY)], run=name, max_new_tokens=150, ignore_eos=True, keep=keep
-            )
-            visitor.ask_later("tomato", ask, ttl_ms=TTL_MS)
-        wait_for(lambda: pair.watcher.services["tomato", SERVICE].details.get("running", 0) >= 2, "they did not begin")
-        visitor.say(NodeState("disconnected", 0))
-        visitor.flush()
-    wait_for(lambda: len(ends) == 2, "their ends were not said", 120)
-    assert {keep: ends[name].finish_reason for keep, name in names.items()} == {True: "length", False: "cancelled"}
 
 
 def test_a_seed_gives_the_same_answer_again(pair: Pair) -> None:
