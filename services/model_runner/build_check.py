@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from edge.model_cards import GRAPH_NAME, Measured, TextCheck
 from protocol.errors import ModelUnavailable
+from services.model_runner.onnx_graph import INDICES_NAME
 
 TEXTS = Path(__file__).with_name("check_texts.json")
 MAX_TOKENS = 640
@@ -110,6 +111,8 @@ def graph_logits(session: Any, tokens: list[int]) -> Floats:
             feed["attention_mask"] = np.ones((1, end), np.int64)
         if "position_ids" in inputs:
             feed["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        if INDICES_NAME in inputs:
+            feed[INDICES_NAME] = np.arange(len(window), dtype=np.int64)
         found = dict(zip(outputs, session.run(None, feed), strict=True))
         rows.append(found.pop("logits")[0].astype(np.float32))
         past = {name.replace("present.", "past_key_values."): value for name, value in found.items()}

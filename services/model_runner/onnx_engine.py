@@ -31,6 +31,7 @@ from services.model_runner.engine import (
     chunk_ends,
     chunk_schedule,
 )
+from services.model_runner.onnx_graph import INDICES_NAME
 from services.model_runner.onnx_memory import Row, RowArena
 from services.model_runner.onnx_model import PROVIDERS, RUNTIME_ERRORS, OpenModel, failed, instruction_set, open_model
 
@@ -106,12 +107,13 @@ class OnnxEngine(Engine):
         self._dtype = STORAGE_DTYPES[spec.dtype]
         inputs = {each.name: each for each in session.get_inputs()}
         self._has_positions = "position_ids" in inputs
+        self._has_indices = INDICES_NAME in inputs
         (logits,) = [each for each in session.get_outputs() if each.name == "logits"]
-        self._last_logits_only = logits.shape[1] == 1
         self._logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
         self._arena = RowArena(spec.layers, spec.context_tokens, self._dtype)
         self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
         # What a step changes is changed in place: the graph is bound to these for good.
+        self._indices = np.zeros(1, np.int64)
         self._ids = np.zeros((self.max_batch, 1), np.int64)
         self._logits = np.zeros((self.max_batch, 1, spec.vocab_size), self._logits_dtype)
         self._ones = np.ones((1, self._arena.positions), np.int64)
@@ -276,9 +278,9 @@ class OnnxEngine(Engine):
         """Append a chunk of a prompt to ``row``."""
         count = len(tokens)
         ids = np.array([tokens], np.int64)
-        logits = self._logits[:1]
-        if not self._last_logits_only:
-            logits = np.empty((1, count, self.spec.vocab_size), self._logits_dtype)
+        # Where the graph lets them be chosen, no logits are computed for a prompt.
+        rows = 0 if self._has_indices else count
+        logits = np.empty((1, rows, self.spec.vocab_size), self._logits_dtype)
         self._run(row.index, ids, self._ones[:, : row.length + count], self._lengths_of([row]), logits)
         self._advance(row, count)
 
@@ -314,6 +316,9 @@ class OnnxEngine(Engine):
         binding = self._binding(first, rows)
         binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
+        if self._has_indices:
+            indices = self._indices[: logits.shape[1]]
+            binding.bind_input(INDICES_NAME, "cpu", 0, np.int64, indices.shape, indices.ctypes.data)
         if self._has_positions:
             positions = lengths + self._positions[:tokens]
             binding.bind_input("position_ids", "cpu", 0, np.int64, positions.shape, positions.ctypes.data)

@@ -18,6 +18,9 @@ from protocol.errors import ModelUnavailable
 PAST_NAME = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 """How onnxruntime-genai's builder names the KV inputs of full and sliding attention."""
 
+INDICES_NAME = "logits_indices"
+"""The input that names the positions whose logits are computed, where a graph has it (logits_rows.py)."""
+
 _MAX_GRAPH_BYTES = 256 * 1024 * 1024
 """A graph without its weights takes well below a megabyte a gigabyte of them."""
 

@@ -20,11 +20,16 @@ from edge.model_cards import CARD_NAME, GRAPH_NAME
 from protocol.errors import ModelError, ModelUnavailable
 from services.model_runner.digests import model_digests
 from services.model_runner.engine import LayerSpec, ModelSpec
-from services.model_runner.onnx_graph import PAST_NAME, AttentionNode, attention_nodes
+from services.model_runner.onnx_graph import INDICES_NAME, PAST_NAME, AttentionNode, attention_nodes
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
-_SESSION_OPTIONS = {"session.intra_op.allow_spinning": "0"}
+_SESSION_OPTIONS = {
+    # A step is some 300 short products, and a sleeping thread wakes too late for them: threads wait awake for a
+    # moment, and not for the milliseconds that are the default and that the broker beside them needs.
+    "session.intra_op.allow_spinning": "1",
+    "session.intra_op.spin_duration_us": "100",
+}
 
 _NUMPY_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
@@ -151,7 +156,7 @@ def _spec(
     count = sum(1 for each in inputs if PAST_NAME.fullmatch(each)) // 2
     kv = [f"{layer}.{what}" for layer in range(count) for what in ("key", "value")]
     wanted = {"input_ids", "attention_mask", *(f"past_key_values.{each}" for each in kv)}
-    unknown = set(inputs) - wanted - {"position_ids"}
+    unknown = set(inputs) - wanted - {"position_ids", INDICES_NAME}
     missing = (wanted - set(inputs)) | ({"logits", *(f"present.{each}" for each in kv)} - set(outputs))
     if missing or unknown or not count:
         what = (
