@@ -18,6 +18,7 @@ CPU_FLAGS = (
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",
+    "avx_vnni",
     "amx_bf16",
     "amx_int8",
     "asimd",

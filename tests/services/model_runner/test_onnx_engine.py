@@ -118,6 +118,35 @@ def test_an_exported_cache_goes_on_bit_for_bit(engine: OnnxEngine, prompt_tokens
     np.testing.assert_array_equal(engine.step(resumed, 9), engine.step(cache, 9))
 
 
+@pytest.mark.parametrize("builders_own", [False, True])
+def test_graphs_that_compute_other_logits_than_ours_read_prompts_alike(
+    builders_own: bool, engines: dict[str, OnnxEngine], built_models: dict[str, Path], tmp_path: Path
+) -> None:
+    import onnx
+
+    def every_row(model: Any) -> None:
+        """As the builder leaves it: logits of all positions; or, by its option, of the last one alone."""
+        gather = next(node for node in model.graph.node if node.name == "/lm_head/rows/Gather")
+        head = next(node for node in model.graph.node if node.input[:1] == gather.output)
+        if builders_own:
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "logits_indices"))
+        else:
+            head.input[0] = gather.input[0]
+            model.graph.node.remove(gather)
+        model.graph.input.remove(next(each for each in model.graph.input if each.name == "logits_indices"))
+        (logits,) = [each for each in model.graph.output if each.name == "logits"]
+        dimension = logits.type.tensor_type.shape.dim[1]
+        dimension.dim_param = "sequence_length"
+        if builders_own:
+            dimension.dim_value = 1
+
+    folder = tmp_path / "model"
+    shutil.copytree(built_models["llama"], folder)
+    changed_graph(every_row)(folder)
+    other, llama = load(folder), engines["llama"]
+    np.testing.assert_array_equal(other.step(read(other, TOKENS[:100]), 9), llama.step(read(llama, TOKENS[:100]), 9))
+
+
 @pytest.mark.parametrize("tokens", [0, 30, 64, 300])
 def test_a_fork_goes_on_as_its_source_does_and_leaves_it_alone(engine: OnnxEngine, tokens: int) -> None:
     source = read(engine, TOKENS[:tokens])
