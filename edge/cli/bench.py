@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edge.config import Config
 
-BENCHMARKS = ("broker", "bus", "engines", "model", "record", "start", "units")
+BENCHMARKS = ("broker", "bus", "endpoint", "engines", "model", "record", "start", "units")
 
 
 def bench(

@@ -100,6 +100,11 @@ def test_log_probabilities_come_whole_and_in_a_stream(site: Site, client: openai
     assert whole.content is not None
     assert len(whole.content) == 12
     assert all(token.logprob <= 0 for token in whole.content)
+    likeliest = client.chat.completions.create(**arguments, top_logprobs=3).choices[0].logprobs
+    assert likeliest is not None
+    for token in likeliest.content or []:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == token.top_logprobs[0].logprob  # greedy
     streamed = [
         token
         for chunk in client.chat.completions.create(**arguments, stream=True)
@@ -148,6 +153,30 @@ def test_parts_of_text_and_the_developers_role_are_taken(site: Site, client: ope
         **STEADY,
     )
     assert parts.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_an_answer_meets_its_json_schema(site: Site, client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: make install (extra `model`)")
+    schema = {
+        "type": "object",
+        "properties": {"sunny": {"type": "boolean"}, "degrees": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["sunny", "degrees"],
+        "additionalProperties": False,
+    }
+    wrapped = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema, "strict": True}}
+    for stream in (False, True):
+        arguments: dict[str, Any] = {"model": site.model, "messages": HELLO, "max_tokens": 200, "seed": 4}
+        answer = client.chat.completions.create(**arguments, response_format=wrapped, stream=stream)
+        if stream:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        else:
+            text = answer.choices[0].message.content or ""
+        found = msgspec.json.decode(text)
+        assert isinstance(found["sunny"], bool)
+        assert found["degrees"] in range(10)
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model=site.model, messages=HELLO, response_format=broken)  # type: ignore[call-overload]
 
 
 # --- what is remembered between requests ----------------------------------------------------------------------
