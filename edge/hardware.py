@@ -94,7 +94,7 @@ def describe(root: Path = Path("/")) -> Hardware:
         jetson=jetson,
         cuda=cuda,
         cuda_reason=cuda_reason,
-        power_sensors=tuple(_power_sensors(root)),
+        power_sensors=tuple(power_sensors(root)),
     )
 
 
@@ -153,7 +153,8 @@ def _device_tree_model(root: Path) -> str | None:
     return _text(root / "proc/device-tree/model").strip("\0\n ") or None
 
 
-def _power_sensors(root: Path) -> list[PowerSensor]:
+def power_sensors(root: Path = Path("/")) -> list[PowerSensor]:
+    """The sensors that measure power or energy, readable or not."""
     found = []
     for name in sorted((root / "sys/class/hwmon").glob("hwmon*/name")):
         if _text(name).strip() == "ina3221":
