@@ -77,8 +77,9 @@ class Answer:
             self.state.finish_reason = "stop"
         return run_token(self._chat, generated, text)
 
-    def end(self) -> RunDone:
-        """The run's end, the answer having its ``finish_reason``; it now stands in the conversation's history."""
+    def end(self, energy_j: float | None = None, energy_sensor: str = "") -> RunDone:
+        """The run's end, the answer having its ``finish_reason``; it now stands in the conversation's history. What it
+        took in joules, where that was measured, and by which sensor, is said with it."""
         conversation, state, timing = self.conversation, self.state, self.state.timing
         if conversation.messages:  # a chat, and no plain text
             if conversation.messages[-1].role == "assistant":
@@ -96,6 +97,8 @@ class Answer:
             shared_tokens=self.shared_tokens,
             dropped_tokens=self.dropped_tokens,
             batch_mean=self._batched / timing.decoded_tokens if timing.decoded_tokens else 0.0,
+            energy_j=energy_j,
+            energy_sensor=energy_sensor if energy_j is not None else "",
         )
         return RunDone(
             self.run.identifier,

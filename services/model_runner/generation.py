@@ -212,10 +212,10 @@ def generate(
             state.finish_reason = "cancelled"
             return
         step_started = time.perf_counter()
-        generated = accept(engine, state, engine.step(state.cache, state.tokens[-1]))
-        now = time.perf_counter()
-        timing.decode_s += now - step_started
-        timing.first_token_s = timing.first_token_s or now - started
+        logits = engine.step(state.cache, state.tokens[-1])
+        timing.decode_s += time.perf_counter() - step_started
+        generated = accept(engine, state, logits)
+        timing.first_token_s = timing.first_token_s or time.perf_counter() - started
         yield generated
         if state.finish_reason:
             return
@@ -231,6 +231,7 @@ def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedT
     """Choose the next token from ``logits``, those of the step that read the pending one, and make it the pending
     one; sets ``finish_reason`` when it is the answer's last. Raises ModelError when the logits are not numbers, or the
     constraint cannot go on; the state is then not to be used any more."""
+    started = time.perf_counter()
     settings, constraint = state.settings, state.constraint
     if bool(settings.json_schema) != (constraint is not None):
         raise ModelError(
@@ -247,6 +248,7 @@ def accept(engine: Engine, state: GenerationState, logits: Logits) -> GeneratedT
     state.tokens.append(choice.token)
     state.new_tokens += 1
     state.timing.decoded_tokens += 1
+    state.timing.decode_s += time.perf_counter() - started
     # A constraint that has ended allows nothing more, and one that has not allows no end of sequence.
     if constraint.ended if constraint else choice.token in engine.spec.eos_token_ids and not settings.ignore_eos:
         state.finish_reason = "stop"

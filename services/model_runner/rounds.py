@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from edge.power import EnergyShares, Meter
 from protocol.errors import MindstreamError, ModelError, to_wire
 from protocol.messages import RunDone, RunToken, Usage
 from services.model_runner.answers import Answer, Run, given_before
@@ -51,6 +52,8 @@ class Loaded:
     """What all KV caches may take together."""
     budget_reason: str = ""
     """Why so much."""
+    meter: Meter = field(default_factory=lambda: Meter([], "nobody has looked for a sensor"))
+    """Measures the energy of what computes."""
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +126,7 @@ class Rounds:
             loaded.conversations.parking.on_change = self.room_changed
         self._keeper = ThreadPoolExecutor(1, "conversation keeper")
         self._checkpoint_s = time.monotonic()
+        self._energy = EnergyShares(loaded.meter)
 
     @property
     def answering(self) -> list[str]:
@@ -133,6 +137,7 @@ class Rounds:
         """Keep how far the answers under way have come, and end. The worker's thread has ended."""
         self._keep_checkpoints()
         self._keeper.shutdown(wait=True)
+        self.loaded.meter.stop()
         if self._conversations.parking is not None:
             self._conversations.parking.stop()
 
@@ -234,6 +239,7 @@ class Rounds:
             answer.common_chunks = self.room.prefixes.common_chunks(work.conversation, answer.keys)
         self._answers[work] = answer
         self.loaded.grammars.attach(state)
+        self._energy.begin(work)
         self._go_on(answer)
 
     def _go_on(self, answer: Answer) -> None:
@@ -282,6 +288,7 @@ class Rounds:
         self.totals.chunks += 1
         with self.lock:
             self.scheduler.charge([answer.work], seconds)
+        self._energy.computed([answer.work], seconds)
         if state.prefilled:
             self._go_on(answer)
         else:
@@ -365,6 +372,7 @@ class Rounds:
         self.totals.tokens += len(ready)
         with self.lock:
             self.scheduler.charge([answer.work for answer in ready], seconds)
+        self._energy.computed([answer.work for answer in ready], seconds)
         for answer, row in zip(ready, rows, strict=True):
             try:
                 generated = accept(self._engine, answer.state, row)
@@ -402,7 +410,7 @@ class Rounds:
         """The answer has a finish reason: keep it, then say so."""
         conversation, work = answer.conversation, answer.work
         try:
-            done = answer.end()
+            done = answer.end(self._energy.end(work), self._energy.sensor)
             self.last_usage = done.usage
             if not conversation.keep:
                 if done.finish_reason == "cancelled":
@@ -438,6 +446,7 @@ class Rounds:
 
     def _end(self, work: Work, done: RunDone) -> None:
         self._answers.pop(work, None)
+        self._energy.end(work)
         self._conversations.in_use.discard(work.conversation)
         self.room.end(work)
         with self.lock:

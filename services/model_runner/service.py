@@ -20,6 +20,7 @@ from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.models import Hold
+from edge.power import Meter, find_meter, visible_gpu
 from edge.service import Context, Service, hears
 from protocol.codec import Received
 from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
@@ -137,6 +138,7 @@ class ModelRunner(Service):
             "running": len(answering),
             "batch_mean": round(rounds.totals.batch_mean, 2),
             **self._memory_details(loaded, rounds),
+            "energy_sensor": loaded.meter.sensor or f"not measured: {loaded.meter.reason}",
             **({"answering": answering[:ANSWERING_SHOWN]} if answering else {}),
             **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
         }
@@ -188,7 +190,15 @@ class ModelRunner(Service):
             max_batch=settings.max_batch,
             kv_budget_bytes=budget.size_bytes,
             budget_reason=budget.reason,
+            meter=self._meter(engine, chosen.device.value),
         )
+
+    def _meter(self, engine: Engine, device: str) -> Meter:
+        """What measures the energy of ``engine``'s device."""
+        _, _, index = device.partition(":")
+        meter = find_meter(gpu=None if engine.fingerprint.device == "cpu" else visible_gpu(int(index or 0)))
+        log.info("energy: %s", meter.sensor or f"not measured: {meter.reason}")
+        return meter
 
     def _parking(self, engine: Engine) -> Parking:
         def dropped(name: str, reason: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from edge.db import Database, open_database
+from edge.power import EnergySource, Meter, Unreadable
 from protocol.errors import ContextOverflow, InvalidPrompt, from_wire
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
@@ -337,3 +338,47 @@ def test_the_penalty_is_heeded(runner: Runner) -> None:
     plain = runner.answer("plain", "hello", max_new_tokens=40)
     turned = runner.answer("turned", "hello", max_new_tokens=40, repetition_penalty=50.0)
     assert len(set(turned.tokens)) > len(set(plain.tokens))
+
+
+class Counter(EnergySource):
+    """A sensor that counts a joule at each look, and can be taken away."""
+
+    name, resolution_s = "counter", 0.0
+
+    def __init__(self) -> None:
+        self.joules = 0.0
+        self.broken = False
+
+    def read_j(self) -> float:
+        if self.broken:
+            raise Unreadable("counter: gone")
+        self.joules += 1.0
+        return self.joules
+
+
+def test_each_run_says_what_it_took_and_who_measured_it(
+    db: Database, engine: TransformersEngine, small_models: dict[str, Path]
+) -> None:
+    counter = Counter()
+    runner = Runner(db, engine, small_models["llama"], meter=Meter([counter]))
+    try:
+        go = runner.hold()
+        runs = [runner.submit(f"c{number}", "hello") for number in range(3)]
+        go.set()
+        usages = [run.done.result(WAIT_S).usage for run in runs]
+        assert all(usage is not None and usage.energy_sensor == "counter" for usage in usages)
+        shares = [usage.energy_j for usage in usages if usage is not None and usage.energy_j is not None]
+        assert all(share > 0 for share in shares)
+        assert sum(shares) <= counter.joules
+        counter.broken = True
+        usage = runner.answer("d", "hello").usage
+        assert usage is not None
+        assert (usage.energy_j, usage.energy_sensor) == (None, "")
+    finally:
+        runner.worker.stop()
+
+
+def test_without_a_sensor_no_energy_is_said(runner: Runner) -> None:
+    usage = runner.answer("c", "hello").usage
+    assert usage is not None
+    assert (usage.energy_j, usage.energy_sensor) == (None, "")
