@@ -28,6 +28,7 @@ from edge.model_pull import pulled_bytes
 from edge.model_registry import default_cache_folder, model_named
 from edge.models import check_sizes, find, is_path
 from edge.node_lock import running_in
+from edge.power import find_meter, visible_gpu
 from edge.process import free_bytes
 from edge.service_table import BY_NAME, SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
@@ -330,6 +331,14 @@ def _hardware(_config: Config) -> Check:
     return Check("machine", OK, f"{found.cpu_model or found.arch}, {found.cores} CPUs{memory}, {bf16}, {gpu}")
 
 
+def _energy(_config: Config) -> Check:
+    meter = find_meter(gpu=visible_gpu(0) if describe().cuda else None)
+    if meter.sensor:
+        return Check("energy", OK, f"measured by {meter.sensor}")
+    next_step = "let the node's user read that file, by a udev rule or its group" if "root only" in meter.reason else ""
+    return Check("energy", OK, f"not measured: {meter.reason}", next_step)
+
+
 def _clock(_config: Config) -> Check:
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     if read_clock_synced():
@@ -348,5 +357,6 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "model": _model,
     "endpoint": _gateway,
     "machine": _hardware,
+    "energy": _energy,
     "clock": _clock,
 }
