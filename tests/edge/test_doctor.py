@@ -18,6 +18,7 @@ from edge import doctor, units
 from edge.doctor import FAILED, OK, WARNING, Check, examine
 from edge.model_pull import pull_folder
 from edge.models import converted_name, default_cache_folder, known_models, publish
+from edge.power import Meter
 from tests.support.ports import free_port
 
 MODEL = known_models()[0]
@@ -214,6 +215,11 @@ def endpoint_port_taken(it: Situation) -> None:
     it.set("gateway", "port", listener.getsockname()[1])
 
 
+def power_for_root_only(it: Situation) -> None:
+    meter = Meter([], "/sys/class/powercap/intel-rapl:0/energy_uj may be read by root only")
+    it.monkeypatch.setattr(doctor, "find_meter", lambda **_: meter)
+
+
 def clock_adrift(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "read_clock_synced", lambda: False)
 
@@ -247,6 +253,7 @@ SITUATIONS: list[tuple[Callable[[Situation], None], str, str, str]] = [
     (endpoint_without_packages, "endpoint", WARNING, "EXTRAS=gateway"),
     (endpoint_token_for_all, "endpoint", FAILED, "chmod"),
     (endpoint_port_taken, "endpoint", WARNING, "gateway.port"),
+    (power_for_root_only, "energy", OK, "udev"),
     (clock_adrift, "clock", WARNING, ""),
 ]
 
