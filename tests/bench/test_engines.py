@@ -27,6 +27,7 @@ def measured(folder: Path, *parts: str) -> dict[str, float | int | str | None]:
     return figures
 
 
+@pytest.mark.slow
 def test_engines_take_turns_and_what_is_not_here_is_null(tiny_model: Path) -> None:
     figures = measured(tiny_model, "decode", "quality")
     assert set(speed.keys()) <= set(figures)
