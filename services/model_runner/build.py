@@ -71,9 +71,11 @@ def build(source: Path, folder: Path, precision: str, provider: str, check: bool
     choose_logits_rows(folder / GRAPH_NAME)
     measured = None
     if check:
-        from services.model_runner.build_check import check_built
+        from services.model_runner.build_check import check_built, with_rates
 
         measured = check_built(source, folder, provider, lambda line: say(Said(doing=line)))
+        if measured is not None:
+            measured = with_rates(measured, source, folder, provider, lambda line: say(Said(doing=line)))
     say(
         Said(
             method=METHODS.get(precision, f"weights and activations in {precision}"),

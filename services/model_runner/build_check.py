@@ -8,6 +8,8 @@ the project's own, and no model has been tuned on them.
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edge.hardware import describe
 from edge.model_cards import GRAPH_NAME, Measured, TextCheck
 from protocol.errors import ModelUnavailable
+from services.model_runner.engine import Engine
 from services.model_runner.onnx_graph import INDICES_NAME
 
 TEXTS = Path(__file__).with_name("check_texts.json")
 MAX_TOKENS = 640
 """Of each text: enough for a steady ratio, since both see the same tokens."""
 WINDOW_TOKENS = 128
+RATE_PROMPT_TOKENS, RATE_STEPS = 64, 32
 
 Floats = npt.NDArray[np.float32]
 
@@ -73,6 +78,41 @@ def check_built(source: Path, folder: Path, provider: str, say: Callable[[str], 
         perplexity_pct=round(100 * math.expm1((totals[1] - totals[0]) / totals[3]), 3),
         top1=round(float(totals[2] / totals[3]), 4),
     )
+
+
+def with_rates(measured: Measured, source: Path, folder: Path, provider: str, say: Callable[[str], None]) -> Measured:
+    """``measured`` with the decode rates of both engines on this machine, one conversation on a short prompt."""
+    from services.model_runner.onnx_engine import OnnxEngine
+    from services.model_runner.transformers_engine import TransformersEngine
+
+    say("measuring decode on both engines")
+    built = OnnxEngine.load(folder, provider=provider)
+    built_rate = decode_rate(built)
+    threads = built.fingerprint.threads
+    del built
+    reference = TransformersEngine.load(source, device=provider)
+    numerics = reference.fingerprint
+    return msgspec.structs.replace(
+        measured,
+        decode_tokens_per_s=built_rate,
+        source_decode_tokens_per_s=decode_rate(reference),
+        source_dtype=reference.spec.dtype,
+        machine=f"{describe().cpu_model if provider == 'cpu' else numerics.device}, {threads} threads",
+    )
+
+
+def decode_rate(engine: Engine) -> float:
+    """Tokens per second, from the median of ``RATE_STEPS`` steps after a prompt of ``RATE_PROMPT_TOKENS``."""
+    cache = engine.new_cache(min(RATE_PROMPT_TOKENS + RATE_STEPS, engine.spec.context_tokens))
+    prompt = [position % engine.spec.vocab_size for position in range(cache.capacity_tokens - RATE_STEPS)]
+    engine.prefill(cache, prompt)
+    token, steps_s = 1, []
+    for _ in range(RATE_STEPS):
+        started_s = time.perf_counter()
+        token = int(engine.step(cache, token).argmax())
+        steps_s.append(time.perf_counter() - started_s)
+    cache.close()
+    return round(1 / statistics.median(steps_s), 1)
 
 
 def load_texts() -> list[CheckText]:

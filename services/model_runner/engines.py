@@ -7,12 +7,10 @@ machine. Without torch only a built model can run. ``model.engine`` and ``model.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from edge.config import ModelConfig
 from edge.hardware import Choice, Hardware, choose_device, describe
@@ -42,7 +40,7 @@ class Packages:
         def has(*names: str) -> bool:
             return all(importlib.util.find_spec(name) is not None for name in names)
 
-        onnxruntime = has("onnxruntime", "services.model_runner.onnx_engine")
+        onnxruntime = has("onnxruntime")
         cuda_provider = False
         if onnxruntime:
             from onnxruntime import get_available_providers
@@ -119,15 +117,15 @@ def choose(
 def load(chosen: Chosen, settings: ModelConfig, cache_dir: Path | None = None) -> Engine:
     """Load the engine that was chosen. Raises ModelUnavailable."""
     if chosen.built is not None:
-        onnx: Any = importlib.import_module("services.model_runner.onnx_engine")
-        engine: Engine = onnx.OnnxEngine.load(
+        from services.model_runner.onnx_engine import OnnxEngine
+
+        return OnnxEngine.load(
             chosen.folder,
             name=settings.name,
             provider=chosen.built.card.provider,
             threads=settings.threads,
             cache_dir=cache_dir,
         )
-        return engine
     from services.model_runner.transformers_engine import TransformersEngine
 
     return TransformersEngine.load(
@@ -226,7 +224,7 @@ def _no_built(settings: ModelConfig, packages: Packages, refused: str) -> ModelU
     what = settings.name if settings.precision == "auto" else f"{settings.name} as {settings.precision}"
     precision = "int8" if settings.precision == "auto" else settings.precision
     build = f"mindstream models build {settings.name} --precision {precision}"
-    fetch = f"mindstream models fetch {settings.name} --from NODE --precision {precision}"
+    elsewhere = f"on a node that has torch: {build}; then copy that folder of its cache into {default_cache_folder()}"
     if not packages.onnxruntime and not packages.transformers:
         return ModelUnavailable(
             f"choosing an engine for {what}: neither torch with transformers nor onnxruntime is installed",
@@ -235,7 +233,7 @@ def _no_built(settings: ModelConfig, packages: Packages, refused: str) -> ModelU
         )
     return ModelUnavailable(
         f"choosing an engine for {what}: no built model of it can run here" + (f": {refused}" if refused else ""),
-        hint=f"{build}, or from a node that has it: {fetch}" if packages.transformers else f"{fetch}, or install torch",
+        hint=build if packages.transformers else elsewhere,
         field="model.engine" if settings.engine == "onnx" else "model.name",
         reason="no built model",
     )
