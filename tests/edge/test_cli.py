@@ -197,6 +197,8 @@ def test_a_wrong_command_line_is_exit_code_2() -> None:
         ["recall", "x", "--limit", "0"],
         ["bench", "nonsense"],
         ["chat", "--seed", "x"],
+        ["chat", "--json-schema", "/no/such/schema.json", "hello"],
+        ["chat", "--min-p", "2", "hello"],
     ):
         assert mindstream(*command).returncode == 2, command
 
@@ -325,6 +327,22 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
         done = mindstream("chat", "Say hello.", "--max-new-tokens", "8", "--json", config=node.config, timeout_s=120)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["tokens"]) <= 8
+
+        schema = tmp_path / "schema.json"
+        schema.write_text('{"enum": [{"said": "hello"}]}')
+        done = mindstream(
+            *("chat", "Say hello.", "--json-schema", str(schema), "--logprobs", "2", "--stats"),
+            config=node.config,
+            timeout_s=120,
+        )
+        assert done.returncode == 0, done.stderr
+        answer, end = json.JSONDecoder().raw_decode(done.stdout)
+        assert answer == {"said": "hello"}
+        lines = done.stdout[end:].strip().splitlines()
+        assert len(lines) >= 5
+        assert all(len(line.split()) >= 7 for line in lines), "a token, its figures, two rivals with theirs"
+        assert "tokens/s" in done.stderr
+        assert "energy" in done.stderr or " J" in done.stderr
 
         watcher.bus.hear(RunToken, lambda message: tokens.append(message.data.text))
         watcher.bus.wait_subscribed(DEADLINE_S)
