@@ -20,6 +20,7 @@ from edge import units
 from edge.bus import Bus
 from protocol.messages import MemoryPut, MemoryRecall, MemoryRecalled, MemoryStored
 from tests.support.nodes import CHECKOUT
+from tests.support.once import once_a_run
 from tests.support.unit_manager import UnitManager
 from tests.support.waiting import TTL_MS
 from tests.support.wheelhouse import build_wheelhouse, other_version
@@ -34,9 +35,7 @@ pytestmark = pytest.mark.skipif(shutil.which("flock") is None, reason="flock (ut
 @pytest.fixture(scope="session")
 def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All that the core needs, as wheels."""
-    folder = tmp_path_factory.mktemp("wheelhouse")
-    build_wheelhouse(folder)
-    return folder
+    return once_a_run(tmp_path_factory, "wheelhouse", build_wheelhouse)
 
 
 def install(*arguments: str | Path, root: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -11,11 +11,13 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make instal
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make install (extra `model`)")
 
 from services.model_runner.transformers_engine import TransformersEngine  # noqa: E402
+from tests.support.once import once_a_run  # noqa: E402
 
 THREADS = 1
 """Two would wait for each other longer than so small a product takes."""
 WINDOW = 40
 VOCABULARY = 256 + 3
+FAMILIES = ("llama", "qwen2", "gemma3")
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'narrator' %}{{ raise_exception('no narrator here') }}{% endif %}"
@@ -70,19 +72,20 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def make_small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same, for the tests of another service."""
-    folders = {}
-    for family in ("llama", "qwen2", "gemma3"):
-        torch.manual_seed(7)
-        folder = tmp_path_factory.mktemp(family)
-        model = transformers.AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():  # Random weights speak too evenly to tell right from wrong.
-                if parameter.dim() == 2:
-                    parameter.mul_(3)
-        model.save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
-        folders[family] = folder
-    return folders
+
+    def make(root: Path) -> None:
+        for family in FAMILIES:
+            torch.manual_seed(7)
+            model = transformers.AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+            with torch.no_grad():
+                for parameter in model.parameters():  # Random weights speak too evenly to tell right from wrong.
+                    if parameter.dim() == 2:
+                        parameter.mul_(3)
+            model.save_pretrained(root / family)
+            _tokenizer().save_pretrained(root / family)
+
+    root = once_a_run(tmp_path_factory, "small-models", make)
+    return {family: root / family for family in FAMILIES}
 
 
 @pytest.fixture(params=["llama", "qwen2", "gemma3"])
@@ -105,9 +108,16 @@ def built_models(small_models: dict[str, Path], tmp_path_factory: pytest.TempPat
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: make install (extra `build`)")
     from services.model_runner.build import build
 
-    folders = {}
-    for family, source in small_models.items():
-        for precision, name in (("int8", family), ("fp32", f"{family}-fp32")):
-            folders[name] = tmp_path_factory.mktemp(f"built-{name}")
-            build(source, folders[name], precision, "cpu", False, lambda _said: None)
-    return folders
+    wanted = {
+        name: (source, precision)
+        for family, source in small_models.items()
+        for precision, name in (("int8", family), ("fp32", f"{family}-fp32"))
+    }
+
+    def make(root: Path) -> None:
+        for name, (source, precision) in wanted.items():
+            (root / name).mkdir()
+            build(source, root / name, precision, "cpu", False, lambda _said: None)
+
+    root = once_a_run(tmp_path_factory, "built-models", make)
+    return {name: root / name for name in wanted}
