@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from rich.table import Table
 from broker.child import spawn
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
-from edge.config import default_data_home
+from edge.config import default_data_home, load_config
 from edge.files import storage_errors
 from edge.keys import Peers, load_or_create_identity
-from edge.service_table import BY_NAME
+from edge.service_table import SERVICES
 from edge.text import details_line
 from protocol.codec import Received
 from protocol.errors import MindstreamError, ModelError, NotConnected, StorageError
@@ -138,6 +138,11 @@ class Nodes:
                 if other != name:
                     Peers(folder / name, identities[name]).trust(other, identities[other].fingerprint, replace=True)
 
+    def services(self) -> list[str]:
+        """Names of the services that each of them runs; some are off until they are switched on."""
+        config = load_config(self._configs[NODES[0]])
+        return [row.name for row in SERVICES if config.switched_on(row)]
+
     def start(self) -> None:
         """Start both supervisors."""
         for name, config in self._configs.items():
@@ -168,7 +173,8 @@ class Nodes:
 class Watch:
     """The retained states of the two nodes and their services, as they change."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, expected: Sequence[str]) -> None:
+        self._expected = expected
         self.nodes: dict[str, NodeState] = {}
         self.services: dict[tuple[str, str], ServiceState] = {}
         bus.hear(NodeState, self._node)
@@ -184,7 +190,7 @@ class Watch:
         """What is not ready yet, each with its reason."""
         found = []
         for node in NODES:
-            for service in BY_NAME:
+            for service in self._expected:
                 state = self.services.get((node, service))
                 if state is None or state.state != "ready":
                     found.append(f"{node}/{service}" + (f": {state.reason}" if state and state.reason else ""))
@@ -242,7 +248,7 @@ def _tour(console: Console, folder: Path, cleanup: contextlib.ExitStack, *, once
         nodes.start()
         bus = Bus(url=broker.url, node="demo", client="tour")
         cleanup.callback(bus.stop)
-        watch = Watch(bus)
+        watch = Watch(bus, nodes.services())
         bus.start()
         _wait_ready(console, nodes, watch)
     conversation = f"tour-{uuid7()}"
