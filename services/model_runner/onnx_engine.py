@@ -169,6 +169,9 @@ class OnnxEngine(Engine):
             )
         return OnnxKVCache(self._arena, capacity_tokens)
 
+    def cache_bytes(self, tokens: int, capacity_tokens: int) -> int:
+        return self._arena.bytes_for(min(tokens, capacity_tokens), _TRIM_TOKENS)
+
     def prefill(
         self,
         cache: KVCache,

@@ -142,6 +142,14 @@ class RowArena:
             total += plane.spec.kv_heads * (last - first) * self._page
         return total
 
+    def bytes_for(self, tokens: int, slack_tokens: int) -> int:
+        """Memory that a row takes once ``tokens`` are written, ``slack_tokens`` of sliding layers not trimmed yet."""
+        total = 0
+        for plane in self._planes:
+            held = tokens if plane.spec.kind == "full" else min(tokens, plane.spec.window_tokens + slack_tokens)
+            total += plane.spec.kv_heads * -(-held * plane.spec.head_dim * self._itemsize // self._page) * self._page
+        return total
+
     def trim(self, row: Row, keep_from: int) -> None:
         """Give back the pages of sliding layers that hold only positions before ``keep_from``."""
         with self._lock:
