@@ -209,7 +209,7 @@ def build_in_child(
         )
     raise ModelUnavailable(
         f"building {name}: the build ended with code {child.returncode}: {why}",
-        hint="is there memory (eight times the weights in bfloat16) for it? `mindstream doctor` tells",
+        hint="is there memory (ten times the weights in bfloat16) for it? `mindstream doctor` tells",
         reason="build failed",
     )
 
