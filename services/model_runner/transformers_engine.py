@@ -7,6 +7,7 @@ a dtype chosen for the hardware, and matrix products that are fast on CPUs witho
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ MAX_BATCH = 8
 """Conversations whose steps are computed together: enough to share the reading of the weights, and few enough that a
 batch does not take much longer than a step."""
 
+_loading = threading.Lock()
+"""from_pretrained changes torch.nn.init and the default dtype for its time: two at once leave them changed for good."""
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -374,14 +377,15 @@ def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.
     transformers.utils.logging.disable_progress_bar()
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            local_files_only=True,
-            trust_remote_code=False,
-            **source,
-        )
+        with _loading:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                local_files_only=True,
+                trust_remote_code=False,
+                **source,
+            )
         model = model.to(device).eval()  # type: ignore[arg-type]
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelUnavailable(

@@ -18,6 +18,7 @@ from edge.service_table import SERVICES, missing_packages
 from protocol.messages import MemoryPut, MemoryStored
 from tests.support.nodes import wait_for
 from tests.support.notify_socket import started, write_config
+from tests.support.ports import free_port
 from tests.support.waiting import DEADLINE_S, TTL_MS
 
 NO_MODEL = '[model]\nname = "/no/such/model"\n'
@@ -93,7 +94,7 @@ def test_a_service_is_ready_when_its_broker_is_and_says_that_it_lives(
     name: str, mosquitto_broker: MosquittoBroker, tmp_path: Path
 ) -> None:
     mosquitto_broker.stop()
-    config = write_config(tmp_path, mosquitto_broker.url, NO_MODEL)
+    config = write_config(tmp_path, mosquitto_broker.url, f"{NO_MODEL}[gateway]\nport = {free_port()}\n")
     with started(service(name), config, tmp_path, watchdog_s=1.0) as unit:
         # It waits for its broker, and asks for the time to do so.
         unit.heard.wait("STATUS=waiting for the broker")
