@@ -428,7 +428,9 @@ def test_a_client_that_goes_in_the_middle_cancels_its_run(site: Site) -> None:
         )
         received = b""
         while received.count(b"data: ") < 3:
-            received += connection.recv(4096)
+            part = connection.recv(4096)
+            assert part, f"the connection was closed after {received!r}"
+            received += part
         assert received.startswith(b"HTTP/1.1 200 ")
     wait_for(lambda: site.counter("runs_cancelled") == cancelled + 1, "the run was not cancelled", 60)
     wait_for(lambda: site.runner.bus.counters["runs.cancelled"] >= 1, "the runner has not heard of it", 60)

@@ -22,6 +22,7 @@ from services.model_runner.parking import Parking
 from services.model_runner.rounds import Loaded
 from services.model_runner.transformers_engine import TransformersEngine
 from services.model_runner.worker import Worker
+from tests.support.waiting import wait_for
 
 WAIT_S = 60.0
 CONTEXT_TOKENS = 1024
@@ -228,9 +229,9 @@ def test_a_run_that_never_fits_is_refused_and_one_that_does_not_fit_now_waits(ma
     assert done.error is not None
     assert done.error.code == "model"
     assert "model.kv_memory_mib" in done.error.hint
-    runs = [runner.submit(f"c{number}", "hello", max_new_tokens=30) for number in range(4)]
     most: list[int] = []
     runner.on_token = lambda _run, _token: most.append(len(runner.worker.running))
+    runs = [runner.submit(f"c{number}", "hello", max_new_tokens=30) for number in range(4)]
     assert {run.done.result(WAIT_S).finish_reason for run in runs} == {"length"}
     assert max(most) == 1, "more began than there was room for"
 
@@ -337,14 +338,26 @@ def test_a_window_that_moved_on_is_not_shared_and_the_kept_beginning_is(
 # --- a process that dies -------------------------------------------------------------------------------------------
 
 
+def stop_at(runner: Runner, index: int) -> threading.Event:
+    """Hold the answer at a token, which sets the event, until the worker is told to stop."""
+    begun = threading.Event()
+
+    def hold(_run: str, token: RunToken) -> None:
+        if token.index == index:
+            begun.set()
+            wait_for(lambda: runner.worker._stopping, "the worker is not told to stop")
+
+    runner.on_token = hold
+    return begun
+
+
 def test_an_answer_under_way_goes_on_from_its_checkpoint(make_on_either: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     make = make_on_either
     monkeypatch.setattr("services.model_runner.rounds.CHECKPOINT_S", 0.0)
     ask = {"temperature": 0.9, "seed": 4, "max_new_tokens": 60}
     whole = make("whole").answer("c", "tell me", **ask)
     before = make("node")
-    begun = threading.Event()
-    before.on_token = lambda _run, token: begun.set() if token.index == 30 else None
+    begun = stop_at(before, 30)
     cut = before.submit("c", "tell me", command="tester/1", **ask)
     assert begun.wait(WAIT_S)
     before.stop()
@@ -374,8 +387,7 @@ def test_half_an_answer_that_was_cut_is_dropped_when_another_turn_is_asked(
     monkeypatch.setattr("services.model_runner.rounds.CHECKPOINT_S", 0.0)
     before = make("node")
     first = before.answer("c", "hello")
-    begun = threading.Event()
-    before.on_token = lambda _run, token: begun.set() if token.index == 10 else None
+    begun = stop_at(before, 10)
     before.submit("c", "tell me", command="tester/1", max_new_tokens=100)
     assert begun.wait(WAIT_S)
     before.stop()

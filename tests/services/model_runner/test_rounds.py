@@ -122,11 +122,18 @@ def test_a_hundred_conversations_at_once_are_all_answered_token_by_token_in_orde
 
 
 def test_running_answers_go_on_while_a_long_prompt_is_read(runner: Runner) -> None:
-    begun = threading.Event()
-    runner.on_token = lambda _run, token: begun.set() if token.index == 2 else None
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(_run: str, token: RunToken) -> None:
+        if token.index == 2:
+            begun.set()
+            assert go.wait(WAIT_S)
+
+    runner.on_token = hold
     first = runner.submit("talking", "hello", max_new_tokens=200)
     assert begun.wait(WAIT_S)
     long = runner.submit("long", "word " * 150, max_new_tokens=2)
+    go.set()
     long.done.result(WAIT_S)
     first.done.result(WAIT_S)
     at = runner.said.index(long.identifier)
@@ -165,8 +172,8 @@ def test_a_cancelled_prompt_is_read_no_further(runner: Runner) -> None:
     go = runner.hold()
     other = runner.submit("other", "hello", max_new_tokens=50)
     run = runner.submit("long", "word " * 150)
-    go.set()
     runner.on_token = lambda _run, _token: run.cancelled.set()
+    go.set()
     assert run.done.result(WAIT_S).finish_reason == "cancelled"
     runner.on_token = lambda _run, _token: None
     assert other.done.result(WAIT_S).finish_reason == "length"

@@ -301,7 +301,7 @@ def test_a_handed_over_conversation_says_the_next_64_tokens_the_first_would_have
 def test_a_snapshot_is_taken_in_the_middle_of_an_answer_and_while_another_goes_on(pair: Pair) -> None:
     still, talking = new("still"), new("talking")
     pair.ask("tomato", still, QUESTION)
-    run = Run(pair, "tomato", talking, STORY, max_new_tokens=90, ignore_eos=True)
+    run = Run(pair, "tomato", talking, STORY, max_new_tokens=160, ignore_eos=True)
     run.wait_tokens(5)
     saved_still, saved_talking = pair.save(still), pair.save(talking)
     assert not run.answer.done()
@@ -317,7 +317,7 @@ def test_a_snapshot_is_taken_in_the_middle_of_an_answer_and_while_another_goes_o
     pair.resume(saved_talking.snapshot, name=f"{talking}-2")
     rest = pair.ask("sprout", f"{talking}-2", max_new_tokens=20, ignore_eos=True)
     said = saved_talking.tokens - (whole.usage.prompt_tokens if whole.usage else 0)
-    assert 5 <= said < 90
+    assert 5 <= said < 160
     assert rest.tokens == whole.tokens[said : said + 20]
 
 
@@ -479,19 +479,19 @@ def test_a_runner_that_waits_for_its_broker_stops_when_asked_to(tmp_path: Path) 
 def test_an_answer_that_a_restart_cut_is_given_all_the_same_once(pair: Pair, how: signal.Signals) -> None:
     conversation = new("cut-short")
     first = pair.ask("tomato", conversation, QUESTION)
-    run = Run(pair, "tomato", conversation, STORY, max_new_tokens=30, ignore_eos=True)
+    run = Run(pair, "tomato", conversation, STORY, max_new_tokens=60, ignore_eos=True)
     run.wait_tokens(4)
     assert not run.answer.done()
     pid = pair.watcher.pid("tomato", SERVICE)
     os.kill(pid, how)
     done = run.answer.result()
     wait_for(lambda: pair.watcher.pid("tomato", SERVICE) not in (0, pid), "it was not started again")
-    assert (done.finish_reason, len(done.tokens)) == ("length", 30)
+    assert (done.finish_reason, len(done.tokens)) == ("length", 60)
     assert done.usage is not None
     assert first.usage is not None
     # It went on from the tokens that were kept, which had to be read again, and the turn was not appended twice.
     assert done.usage.cached_tokens == 0
-    assert done.usage.prompt_tokens < first.usage.prompt_tokens + first.usage.completion_tokens + 30
+    assert done.usage.prompt_tokens < first.usage.prompt_tokens + first.usage.completion_tokens + 60
     third = pair.ask("tomato", conversation, "Thank you.", max_new_tokens=2)
     assert third.usage is not None
-    assert third.usage.cached_tokens == done.usage.prompt_tokens + 30 - 1
+    assert third.usage.cached_tokens == done.usage.prompt_tokens + 60 - 1

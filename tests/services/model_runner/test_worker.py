@@ -20,7 +20,7 @@ from services.model_runner.rounds import Loaded
 from services.model_runner.transformers_engine import TransformersEngine
 from services.model_runner.worker import Worker
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Runner:
