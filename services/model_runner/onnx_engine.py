@@ -8,7 +8,6 @@ and a step copies nothing that grows. Several conversations are one batch when t
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from services.model_runner.engine import (
     chunk_schedule,
 )
 from services.model_runner.onnx_graph import INDICES_NAME
-from services.model_runner.onnx_memory import Row, RowArena
+from services.model_runner.onnx_memory import DeviceRows, Row, RowArena, Rows
 from services.model_runner.onnx_model import PROVIDERS, RUNTIME_ERRORS, OpenModel, failed, instruction_set, open_model
 
 _CHUNK_TOKENS, _SHORT_CHUNK_TOKENS = 64, 32
@@ -43,8 +42,6 @@ _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 _MAX_BATCH = 8
 _MASK_STEP = 64
 """Masks of a batch are as long as the next multiple of this, so that they are rarely of another shape."""
-_BINDINGS = 64
-"""Row ranges whose bindings are kept."""
 _TRIM_TOKENS = 256
 """Pages that a sliding window has left are given back once in so many positions."""
 _SPARE_BYTES = 64 * 1024 * 1024
@@ -54,7 +51,7 @@ _SPARE_BYTES = 64 * 1024 * 1024
 class OnnxKVCache(KVCache):
     """One conversation's row of the arena, taken with its first position."""
 
-    def __init__(self, arena: RowArena, capacity_tokens: int) -> None:
+    def __init__(self, arena: Rows, capacity_tokens: int) -> None:
         self.capacity_tokens = capacity_tokens
         self.arena = arena
         self.row: Row | None = None
@@ -86,10 +83,17 @@ class OnnxKVCache(KVCache):
                 reason="cache closed",
             )
         if self.row is None:
-            self.row = self.arena.take()
+            try:
+                self.row = self.arena.take()
+            except RUNTIME_ERRORS as error:
+                raise ModelError(
+                    f"allocating a KV cache on the GPU: {error}",
+                    hint="close other conversations, or set a shorter context",
+                    reason="out of memory",
+                ) from error
         if self.row is None:
             raise ModelError(
-                f"making room for another conversation: {self.arena.rows} are in memory already",
+                f"making room for another conversation: {self.arena.limit} are in memory already",
                 hint="close other conversations",
                 reason="out of memory",
             )
@@ -115,8 +119,8 @@ class OnnxEngine(Engine):
         (logits,) = [each for each in session.get_outputs() if each.name == "logits"]
         self._last_logits_only = logits.shape[1] == 1
         self._logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
-        self._arena = RowArena(spec.layers, spec.context_tokens, self._dtype)
-        self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        shape = (spec.layers, spec.context_tokens, self._dtype)
+        self._arena: Rows = RowArena(*shape) if provider.value == "cpu" else DeviceRows(*shape, "cuda")
         # What a step changes is changed in place: the graph is bound to these for good.
         self._indices = np.zeros(1, np.int64)
         self._ids = np.zeros((self.max_batch, 1), np.int64)
@@ -226,7 +230,7 @@ class OnnxEngine(Engine):
         for index, spec in enumerate(self.spec.layers):
             start = length - spec.held_tokens(length)
             keys, values = (
-                self._arena.held(own.row, index, plane, start, length)
+                self._arena.read(own.row, index, plane, start, length)
                 if own.row is not None
                 else np.zeros((spec.kv_heads, 0, spec.head_dim), self._dtype)
                 for plane in (False, True)
@@ -249,8 +253,8 @@ class OnnxEngine(Engine):
         row = cache.taken_row()
         for index, state in enumerate(layers):
             start = length - state.keys.shape[1]
-            self._arena.held(row, index, False, start, length)[:] = state.keys
-            self._arena.held(row, index, True, start, length)[:] = state.values
+            self._arena.write(row, index, False, start, state.keys)
+            self._arena.write(row, index, True, start, state.values)
         row.length = length
         row.kept_from = self._first_needed(length)
         return cache
@@ -262,7 +266,7 @@ class OnnxEngine(Engine):
         states = []
         for index, spec in enumerate(self.spec.layers):
             start = tokens - spec.held_tokens(tokens)
-            keys, values = (self._arena.held(own.taken_row(), index, plane, start, tokens) for plane in (False, True))
+            keys, values = (self._arena.read(own.taken_row(), index, plane, start, tokens) for plane in (False, True))
             states.append(LayerState(spec.kind, self.spec.dtype, keys, values, tokens))
         return self.import_layers(states, capacity_tokens)
 
@@ -321,7 +325,7 @@ class OnnxEngine(Engine):
     ) -> None:
         """Compute ``ids``, (rows, tokens), on the rows from ``first`` on, whose ``lengths`` are (rows, 1)."""
         rows, tokens = ids.shape
-        binding = self._binding(first, rows)
+        binding = self._arena.binding(self._session, first, rows)
         binding.bind_input("input_ids", "cpu", 0, np.int64, ids.shape, ids.ctypes.data)
         binding.bind_input("attention_mask", "cpu", 0, np.int64, mask.shape, mask.ctypes.data)
         if self._has_indices:
@@ -333,24 +337,11 @@ class OnnxEngine(Engine):
         binding.bind_output("logits", "cpu", 0, self._logits_dtype, logits.shape, logits.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
+            if self.provider.value != "cpu":
+                binding.synchronize_outputs()
         except RUNTIME_ERRORS as error:
             # A row is written only behind its length, which has not moved: the cache is as it was.
             raise failed(self.spec, rows * tokens, error) from error
-
-    def _binding(self, first: int, rows: int) -> Any:
-        """The binding of the KV of neighbouring rows, kept from call to call."""
-        binding = self._bindings.get((first, rows))
-        if binding is None:
-            binding = self._bindings[first, rows] = self._session.io_binding()
-            for layer in range(len(self.spec.layers)):
-                for values, name in ((False, f"{layer}.key"), (True, f"{layer}.value")):
-                    view = self._arena.view(layer, values, first, rows)
-                    where = ("cpu", 0, self._dtype, view.shape, view.ctypes.data)
-                    binding.bind_input(f"past_key_values.{name}", *where)
-                    binding.bind_output(f"present.{name}", *where)
-            if len(self._bindings) > _BINDINGS:
-                self._bindings.popitem(last=False)
-        return binding
 
     def _advance(self, row: Row, count: int) -> None:
         row.length += count

@@ -7,6 +7,10 @@ grows by copying. Neighbouring rows are a batch: the graph is given a view of th
 are moved next to each other only when the members of a batch change.
 
 What no conversation has written reads as zeros: a page that was given back comes back as zeros.
+
+``DeviceRows`` is the same on a GPU, whose memory is not taken page by page: a row is allocated whole, and stands
+alone, so that a batch is computed one conversation after another. It follows ONNX Runtime's documentation
+(https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html) and has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -14,17 +18,23 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from protocol.errors import ModelError
 from services.model_runner.engine import LayerSpec
 
 ARENA_ROWS = 256
 """Conversations whose KV may be in memory at once; address space, not memory."""
+
+_BINDINGS = 64
+"""Row ranges whose bindings are kept."""
 
 _MAP_NORESERVE = 0x4000 if not hasattr(mmap, "MAP_NORESERVE") else int(mmap.MAP_NORESERVE)
 
@@ -40,6 +50,66 @@ class Row:
         """Positions written."""
         self.kept_from = 0
         """Sliding layers hold the positions from this one on; the pages before it have been given back."""
+
+
+class Rows(ABC):
+    """Where the rows of an engine lie.
+
+    ``values`` chooses between the keys (False) and the values (True) of a layer.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    positions: int
+    """Of each row: the context, rounded up."""
+    limit: int
+    """Conversations that there is room for."""
+
+    def __init__(self) -> None:
+        self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    @abstractmethod
+    def take(self) -> Row | None:
+        """An empty row; None when there is no room for one more."""
+
+    @abstractmethod
+    def release(self, row: Row) -> None:
+        """Give the row and its memory back."""
+
+    @abstractmethod
+    def read(self, row: Row, layer: int, values: bool, start: int, end: int) -> npt.NDArray[Any]:
+        """Positions ``start`` to ``end`` of a row: (kv_heads, tokens, head_dim); a view where it can be one."""
+
+    @abstractmethod
+    def write(self, row: Row, layer: int, values: bool, start: int, content: npt.NDArray[Any]) -> None:
+        """Put (kv_heads, tokens, head_dim) into a row from position ``start`` on."""
+
+    @abstractmethod
+    def bytes_of(self, row: Row) -> int:
+        """Memory that the row takes now."""
+
+    @abstractmethod
+    def trim(self, row: Row, keep_from: int) -> None:
+        """Sliding layers need nothing before position ``keep_from`` any more."""
+
+    @abstractmethod
+    def together(self, rows: Sequence[Row]) -> bool:
+        """Make ``rows`` neighbours, so that they can be one batch; False when they cannot be."""
+
+    @abstractmethod
+    def _bind(self, binding: Any, past: str, present: str, plane: tuple[int, bool], first: int, rows: int) -> None:
+        """Bind neighbouring rows of a plane to the graph's input ``past`` and its output ``present``."""
+
+    def binding(self, session: onnxruntime.InferenceSession, first: int, rows: int) -> Any:
+        """The binding of the KV of ``rows`` neighbouring rows, kept from call to call."""
+        binding = self._bindings.get((first, rows))
+        if binding is None:
+            binding = self._bindings[first, rows] = session.io_binding()
+            for layer in range(len(self.layers)):
+                for values, name in ((False, f"{layer}.key"), (True, f"{layer}.value")):
+                    self._bind(binding, f"past_key_values.{name}", f"present.{name}", (layer, values), first, rows)
+            if len(self._bindings) > _BINDINGS:
+                self._bindings.popitem(last=False)
+        return binding
 
 
 class _Plane:
@@ -65,7 +135,7 @@ class _Plane:
             self._map.madvise(mmap.MADV_DONTNEED, offset, size)
 
 
-class RowArena:
+class RowArena(Rows):
     """Rows in host memory.
 
     Args:
@@ -80,7 +150,8 @@ class RowArena:
     def __init__(
         self, layers: Sequence[LayerSpec], context_tokens: int, dtype: np.dtype[Any], rows: int = ARENA_ROWS
     ) -> None:
-        self._layers = tuple(layers)
+        super().__init__()
+        self.layers = tuple(layers)
         self._page = mmap.PAGESIZE
         self._itemsize = dtype.itemsize
         # Each head of each row begins on a page, so that pages belong to one conversation.
@@ -89,11 +160,12 @@ class RowArena:
         self._lock = threading.RLock()  # A cache may be collected, and so released, on any thread.
         self._planes = self._reserve(rows, dtype)
         self._rows: list[Row | None] = [None] * len(self._planes[0].array)
+        self.limit = len(self._rows)
 
     def _reserve(self, rows: int, dtype: np.dtype[Any]) -> list[_Plane]:
         while True:
             try:
-                return [_Plane(spec, rows, self.positions, dtype) for spec in self._layers for _ in range(2)]
+                return [_Plane(spec, rows, self.positions, dtype) for spec in self.layers for _ in range(2)]
             except (OSError, MemoryError, ValueError) as error:
                 if rows == 1:
                     raise ModelError(
@@ -102,11 +174,6 @@ class RowArena:
                         reason="out of memory",
                     ) from error
                 rows //= 2
-
-    @property
-    def rows(self) -> int:
-        """Conversations that it has room for."""
-        return len(self._rows)
 
     def take(self) -> Row | None:
         """An empty row, the lowest that is free so that those in use lie together; None when all are in use."""
@@ -124,13 +191,20 @@ class RowArena:
                 self._rows[row.index] = None
                 self._clear(row.index)
 
-    def view(self, layer: int, values: bool, start_row: int, rows: int) -> npt.NDArray[Any]:
-        """Keys or values of neighbouring rows: (rows, kv_heads, positions, head_dim), contiguous, not copied."""
-        return self._planes[2 * layer + values].array[start_row : start_row + rows]
+    def _bind(self, binding: Any, past: str, present: str, plane: tuple[int, bool], first: int, rows: int) -> None:
+        view = self._plane(*plane).array[first : first + rows]
+        where = ("cpu", 0, view.dtype, view.shape, view.ctypes.data)
+        binding.bind_input(past, *where)
+        binding.bind_output(present, *where)
 
-    def held(self, row: Row, layer: int, values: bool, start: int, end: int) -> npt.NDArray[Any]:
-        """Positions ``start`` to ``end`` of a row: a view of (kv_heads, tokens, head_dim)."""
-        return self._planes[2 * layer + values].array[row.index, :, start:end]
+    def _plane(self, layer: int, values: bool) -> _Plane:
+        return self._planes[2 * layer + values]
+
+    def read(self, row: Row, layer: int, values: bool, start: int, end: int) -> npt.NDArray[Any]:
+        return self._plane(layer, values).array[row.index, :, start:end]
+
+    def write(self, row: Row, layer: int, values: bool, start: int, content: npt.NDArray[Any]) -> None:
+        self._plane(layer, values).array[row.index, :, start : start + content.shape[1]] = content
 
     def bytes_of(self, row: Row) -> int:
         """Memory that the row's pages take, counted in whole pages from what was written."""
@@ -220,3 +294,61 @@ class RowArena:
     @staticmethod
     def _kept_from(spec: LayerSpec, row: Row) -> int:
         return row.kept_from if spec.kind == "sliding" else 0
+
+
+class DeviceRows(Rows):
+    """Rows in a GPU's memory, each allocated whole."""
+
+    limit = ARENA_ROWS
+
+    def __init__(self, layers: Sequence[LayerSpec], context_tokens: int, dtype: np.dtype[Any], device: str) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        self.positions = context_tokens
+        self._dtype = dtype
+        self._device = device
+        self._planes: dict[int, list[Any]] = {}
+        self._next = 0
+
+    def take(self) -> Row | None:
+        if len(self._planes) == self.limit:
+            return None
+        shapes = [(1, spec.kv_heads, self.positions, spec.head_dim) for spec in self.layers for _ in range(2)]
+        planes = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), self._device, 0) for shape in shapes
+        ]
+        row = Row(self._next)
+        self._next += 1
+        self._planes[row.index] = planes
+        return row
+
+    def release(self, row: Row) -> None:
+        self._planes.pop(row.index, None)
+        self._bindings.pop((row.index, 1), None)
+
+    def read(self, row: Row, layer: int, values: bool, start: int, end: int) -> npt.NDArray[Any]:
+        content: npt.NDArray[Any] = self._planes[row.index][2 * layer + values].numpy()
+        return content[0, :, start:end]
+
+    def write(self, row: Row, layer: int, values: bool, start: int, content: npt.NDArray[Any]) -> None:
+        plane = self._planes[row.index][2 * layer + values]
+        whole = plane.numpy()
+        whole[0, :, start : start + content.shape[1]] = content
+        plane.update_inplace(whole)
+
+    def bytes_of(self, row: Row) -> int:
+        per_position = sum(2 * spec.kv_heads * spec.head_dim for spec in self.layers) * self._dtype.itemsize
+        return self.positions * per_position if row.index in self._planes else 0
+
+    def trim(self, row: Row, keep_from: int) -> None:
+        row.kept_from = keep_from
+
+    def together(self, rows: Sequence[Row]) -> bool:
+        return len(rows) == 1
+
+    def _bind(self, binding: Any, past: str, present: str, plane: tuple[int, bool], first: int, rows: int) -> None:
+        assert rows == 1, "rows of a GPU stand alone"
+        layer, values = plane
+        value = self._planes[first][2 * layer + values]
+        binding.bind_ortvalue_input(past, value)
+        binding.bind_ortvalue_output(present, value)

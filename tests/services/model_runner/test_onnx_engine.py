@@ -20,7 +20,7 @@ from protocol.errors import ContextOverflow, InvalidPrompt, ModelError, ModelUna
 from services.model_runner import onnx_engine
 from services.model_runner.engine import PREFILL_CHUNK_TOKENS, KVCache, LayerSpec
 from services.model_runner.onnx_engine import OnnxEngine, OnnxKVCache
-from services.model_runner.onnx_memory import RowArena
+from services.model_runner.onnx_memory import DeviceRows, RowArena
 from services.model_runner.onnx_model import choose_provider
 from services.model_runner.transformers_engine import TransformersEngine
 
@@ -226,7 +226,7 @@ def test_what_an_earlier_conversation_left_in_a_row_is_never_read(engine: OnnxEn
     row = poisoned.taken_row()
     for layer in range(len(engine.spec.layers)):
         for values in (False, True):
-            engine._arena.held(row, layer, values, 0, 600)[:] = np.nan
+            engine._arena.read(row, layer, values, 0, 600)[:] = np.nan
     index = row.index
     poisoned.close()
     cache = engine.new_cache(1400)
@@ -250,16 +250,16 @@ def fill(arena: RowArena, value: float, length: int) -> Any:
     row = arena.take()
     assert row is not None
     for layer in (0, 1):
-        arena.held(row, layer, False, 0, length)[:] = value
-        arena.held(row, layer, True, 0, length)[:] = -value
+        arena.read(row, layer, False, 0, length)[:] = value
+        arena.read(row, layer, True, 0, length)[:] = -value
     row.length = length
     return row
 
 
 def holds(arena: RowArena, row: Any, value: float) -> bool:
     return all(
-        (arena.held(row, layer, values, 0, row.length) == (-value if values else value)).all()
-        and not arena.held(row, layer, values, row.length, arena.positions).any()
+        (arena.read(row, layer, values, 0, row.length) == (-value if values else value)).all()
+        and not arena.read(row, layer, values, row.length, arena.positions).any()
         for layer in (0, 1)
         for values in (False, True)
     )
@@ -315,7 +315,7 @@ def fill_wide(place: RowArena) -> Any:
     assert row is not None
     for layer in range(8):
         for values in (False, True):
-            place.held(row, layer, values, 0, 1000)[:] = 1
+            place.read(row, layer, values, 0, 1000)[:] = 1
     row.length = 1000
     return row
 
@@ -337,8 +337,30 @@ def test_sliding_layers_give_back_what_their_windows_have_left(engines: dict[str
     everything = 1400 * engine.spec.kv_bytes_per_token
     assert cache.allocated_bytes < everything * 0.5
     row = cache.taken_row()
-    assert not engine._arena.held(row, 0, False, 0, 1024).any()
-    assert engine._arena.held(row, 5, False, 0, 1400).any(axis=2).all()  # The full layer keeps all.
+    assert not engine._arena.read(row, 0, False, 0, 1024).any()
+    assert engine._arena.read(row, 5, False, 0, 1400).any(axis=2).all()  # The full layer keeps all.
+
+
+def test_rows_that_stand_alone_serve_as_well(engine: OnnxEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in host memory here: what ONNX Runtime allocates, copied in and out, and no batches."""
+    expected = steps(engine, read(engine, TOKENS[:100]), TOKENS[:5])
+    source = read(engine, TOKENS[:100])
+    exported = [
+        replace(layer, keys=layer.keys.copy(), values=layer.values.copy()) for layer in engine.export_layers(source)
+    ]
+    alone = DeviceRows(engine.spec.layers, 512, np.dtype(np.float32), "cpu")
+    monkeypatch.setattr(engine, "_arena", alone)
+    caches = [read(engine, TOKENS[:100], 512), engine.import_layers(exported, 512)]
+    forked = engine.fork(caches[0], 100, 512)
+    assert forked is not None
+    assert forked.allocated_bytes == 512 * engine.spec.kv_bytes_per_token
+    for at, token in enumerate(TOKENS[:5]):
+        for logits in engine.step_batch([(cache, token) for cache in (*caches, forked)]):
+            np.testing.assert_array_equal(logits, expected[at])
+    for layer, other in zip(engine.export_layers(caches[0]), engine.export_layers(forked), strict=True):
+        np.testing.assert_array_equal(layer.values, other.values)
+    forked.close()
+    assert forked.allocated_bytes == 0
 
 
 # --- bad input and faults -----------------------------------------------------------------------------------------
