@@ -42,11 +42,19 @@ class NumericsFingerprint(msgspec.Struct, frozen=True):
     """``deterministic`` (batch-1 steps) or ``batched``."""
 
 
+class StateLayout(msgspec.Struct, frozen=True):
+    """One array of a recurrent layer, C order."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """``bfloat16``, ``float16`` or ``float32``."""
+
+
 class LayerLayout(msgspec.Struct, frozen=True):
-    """One layer's state in the snapshot; arrays are (kv_heads, tokens, head_dim), C order."""
+    """One layer's state in the snapshot; arrays are (kv_heads, tokens, head_dim), C order; then come its states."""
 
     kind: str
-    """``full`` or ``sliding``."""
+    """``full``, ``sliding`` or ``recurrent``."""
     kv_heads: int
     head_dim: int
     tokens: int
@@ -54,7 +62,7 @@ class LayerLayout(msgspec.Struct, frozen=True):
     seen_tokens: int
     """Positions ever written to this layer (a sliding layer's cumulative length)."""
     window_tokens: int = 0
-    """Window of a sliding layer; 0 for a full one."""
+    """Window of a sliding layer; 0 for any other."""
 
 
 class ChunkRef(msgspec.Struct, frozen=True):
@@ -105,6 +113,8 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True):
     total_bytes: int
     """Sum of the chunks' sizes."""
     chunks: list[ChunkRef]
+    states: list[list[StateLayout]] = []
+    """The arrays of each recurrent layer, an empty list for any other layer; empty when no layer is recurrent."""
 
 
 class SignedManifest(msgspec.Struct):

@@ -28,24 +28,38 @@ PREFILL_CHUNK_TOKENS = 256
 prefix is always cut the same way, whether it was read at once, after a cancellation, or turn by turn from the same
 boundary. This is the largest; every engine's divides it."""
 
-LayerKind = Literal["full", "sliding"]
+LayerKind = Literal["full", "sliding", "recurrent"]
 Logits = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """One array that a recurrent layer keeps, of the same shape at every length."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """A key of ``STORAGE_DTYPES``; often float32 in a model of another dtype, since errors add up in it."""
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """What one layer keeps for each position."""
+    """What one layer keeps of the positions it has seen."""
 
     kind: LayerKind
     """``full`` keeps every position; ``sliding`` the last ``window_tokens - 1``, which with the pending token's
-    own make a window."""
+    own make a window; ``recurrent`` (linear attention, short convolutions, Mamba) none of them, but ``states`` that
+    all of them have gone into, and that cannot be taken back to an earlier position."""
     kv_heads: int
     head_dim: int
     window_tokens: int = 0
-    """Positions a query of a sliding layer sees, itself included; 0 for a full layer."""
+    """Positions a query of a sliding layer sees, itself included; 0 for any other."""
+    states: tuple[StateSpec, ...] = ()
+    """Of a recurrent layer, which has no KV heads."""
 
     def held_tokens(self, seen_tokens: int) -> int:
         """Positions this layer holds once ``seen_tokens`` have been written to it."""
+        if self.kind == "recurrent":
+            return 0
         return seen_tokens if self.kind == "full" else min(seen_tokens, self.window_tokens - 1)
 
 
@@ -92,9 +106,18 @@ class LayerState:
     """The same shape and dtype."""
     seen_tokens: int
     """Positions ever written to the layer; more than it holds when a sliding window has moved on."""
+    states: tuple[npt.NDArray[Any], ...] = ()
+    """Of a recurrent layer: as ``LayerSpec.states`` says."""
+
+    @property
+    def planes(self) -> tuple[npt.NDArray[Any], ...]:
+        """All its arrays, in the order in which a snapshot holds them."""
+        return (self.keys, self.values, *self.states)
 
     def prefix(self, spec: LayerSpec, tokens: int) -> LayerState | None:
         """As it was after the first ``tokens`` positions, as views; None when it has not all of them any more."""
+        if spec.kind == "recurrent":
+            return self if tokens == self.seen_tokens else None
         first_held = self.seen_tokens - self.keys.shape[1]
         start, end = tokens - spec.held_tokens(tokens) - first_held, tokens - first_held
         if start < 0 or tokens > self.seen_tokens:
@@ -189,7 +212,8 @@ class Engine(ABC):
     def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> KVCache | None:
         """A new cache that begins with the first ``tokens`` positions of ``cache``, copied bit for bit.
 
-        None when they are not held any more, because a sliding window has moved past them. Raises as ``new_cache``.
+        None when they are not held any more, because a sliding window has moved past them or a recurrent state has
+        taken in more. Raises as ``new_cache``.
         """
         prefix = [
             layer.prefix(spec, tokens) for layer, spec in zip(self.export_layers(cache), self.spec.layers, strict=True)
@@ -266,3 +290,6 @@ def check_layers(spec: ModelSpec, layers: Sequence[LayerState]) -> None:
         for field, array in (("keys", state.keys), ("values", state.values)):
             if array.shape != shape or array.dtype != STORAGE_DTYPES[spec.dtype]:
                 raise refuse(f"layers[{index}].{field}", f"{array.dtype} {array.shape}, expected {shape}")
+        found = [(array.shape, array.dtype) for array in state.states]
+        if found != [(each.shape, STORAGE_DTYPES[each.dtype]) for each in own.states]:
+            raise refuse(f"layers[{index}].states", f"{found}, expected {list(own.states)}")

@@ -9,6 +9,7 @@ The token ids are always in the manifest, so a node whose numerics differ reads 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from protocol.manifest import (
     ModelDigests,
     NumericsFingerprint,
     SnapshotManifest,
+    StateLayout,
 )
 from services.model_runner.engine import (
     STORAGE_DTYPES,
@@ -35,6 +37,7 @@ from services.model_runner.engine import (
     ModelSpec,
     OnProgress,
     ShouldStop,
+    StateSpec,
     check_layers,
 )
 from services.model_runner.generation import GenerationSettings, GenerationState
@@ -98,10 +101,10 @@ def copy(
             reason="prefill not finished",
         )
     layers = engine.export_layers(state.cache)
-    buffer = np.empty(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers), dtype=np.uint8)
+    buffer = np.empty(sum(plane.nbytes for layer in layers for plane in layer.planes), dtype=np.uint8)
     offset = 0
     for layer in layers:
-        for plane in (layer.keys, layer.values):
+        for plane in layer.planes:
             # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
             target = buffer[offset : offset + plane.nbytes].view(plane.dtype).reshape(plane.shape)
             np.copyto(target, plane)
@@ -282,9 +285,10 @@ def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[by
         raise refused(
             manifest, "layers", f"they are not those of {spec.name} after {manifest.cached_tokens:,} positions"
         )
-    dtype = STORAGE_DTYPES[spec.dtype]
-    sizes = [layout.kv_heads * layout.tokens * layout.head_dim * dtype.itemsize for layout in expected]
-    total = 2 * sum(sizes)
+    if manifest.states != _states(spec):
+        raise refused(manifest, "states", f"they are not those of {spec.name}")
+    arrays = [_arrays(layout, own.states, spec.dtype) for own, layout in zip(spec.layers, expected, strict=True)]
+    total = sum(size for layer in arrays for _, _, size in layer)
     counted = [chunk.size_bytes for chunk in manifest.chunks]
     if manifest.total_bytes != total or sum(counted) != total:
         raise refused(manifest, "total_bytes", f"{manifest.total_bytes:,}, the layers take {total:,}")
@@ -294,16 +298,26 @@ def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[by
         raise refused(manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(counted)}")
     layers = []
     offset = 0
-    for layout, size in zip(expected, sizes, strict=True):
-        shape = (layout.kv_heads, layout.tokens, layout.head_dim)
+    for own, layout, planned in zip(spec.layers, expected, arrays, strict=True):
         planes: list[npt.NDArray[Any]] = []
-        for _ in range(2):
+        for shape, dtype, size in planned:
             planes.append(_slice(chunks, offset, size).view(dtype).reshape(shape))
             offset += size
-        kind: Literal["full", "sliding"] = "sliding" if layout.kind == "sliding" else "full"
-        layers.append(LayerState(kind, spec.dtype, planes[0], planes[1], layout.seen_tokens))
+        keys, values, *states = planes
+        layers.append(LayerState(own.kind, spec.dtype, keys, values, layout.seen_tokens, tuple(states)))
     check_layers(spec, layers)
     return layers
+
+
+def _arrays(
+    layout: LayerLayout, states: Sequence[StateSpec], kv_dtype: str
+) -> list[tuple[tuple[int, ...], np.dtype[Any], int]]:
+    """Shape, dtype and bytes of a layer's keys, values and states."""
+    kv = (layout.kv_heads, layout.tokens, layout.head_dim)
+    shapes = [(kv, kv_dtype), (kv, kv_dtype), *((state.shape, state.dtype) for state in states)]
+    return [
+        (shape, STORAGE_DTYPES[dtype], math.prod(shape) * STORAGE_DTYPES[dtype].itemsize) for shape, dtype in shapes
+    ]
 
 
 def _slice(chunks: Sequence[bytes | memoryview], offset: int, size: int) -> npt.NDArray[np.uint8]:
@@ -336,6 +350,12 @@ def _layouts(spec: ModelSpec, seen_tokens: int) -> list[LayerLayout]:
         )
         for layer in spec.layers
     ]
+
+
+def _states(spec: ModelSpec) -> list[list[StateLayout]]:
+    """Of each layer of ``spec``; empty when none is recurrent."""
+    states = [[StateLayout(state.shape, state.dtype) for state in layer.states] for layer in spec.layers]
+    return states if any(states) else []
 
 
 def refused(manifest: SnapshotManifest, field: str, reason: str) -> SnapshotRefused:
