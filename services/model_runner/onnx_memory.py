@@ -88,6 +88,10 @@ class Rows(ABC):
         """Memory that the row takes now."""
 
     @abstractmethod
+    def bytes_for(self, tokens: int, slack_tokens: int) -> int:
+        """Memory that a row takes once ``tokens`` are written, ``slack_tokens`` of sliding layers not trimmed yet."""
+
+    @abstractmethod
     def trim(self, row: Row, keep_from: int) -> None:
         """Sliding layers need nothing before position ``keep_from`` any more."""
 
@@ -217,7 +221,6 @@ class RowArena(Rows):
         return total
 
     def bytes_for(self, tokens: int, slack_tokens: int) -> int:
-        """Memory that a row takes once ``tokens`` are written, ``slack_tokens`` of sliding layers not trimmed yet."""
         total = 0
         for plane in self._planes:
             held = tokens if plane.spec.kind == "full" else min(tokens, plane.spec.window_tokens + slack_tokens)
@@ -337,8 +340,11 @@ class DeviceRows(Rows):
         plane.update_inplace(whole)
 
     def bytes_of(self, row: Row) -> int:
+        return self.bytes_for(0, 0) if row.index in self._planes else 0
+
+    def bytes_for(self, tokens: int, slack_tokens: int) -> int:  # noqa: ARG002 - a row is allocated whole
         per_position = sum(2 * spec.kv_heads * spec.head_dim for spec in self.layers) * self._dtype.itemsize
-        return self.positions * per_position if row.index in self._planes else 0
+        return self.positions * per_position
 
     def trim(self, row: Row, keep_from: int) -> None:
         row.kept_from = keep_from
