@@ -1,5 +1,7 @@
 """Snapshots on disk and on the way: content-addressed chunks, pulled by the receiver, verified one by one.
 
+Built models go the same way (edge/model_share.py, edge/model_fetch.py), out of and into files of their own.
+
 A holder answers a pull with as many chunks as the receiver gave credit for, on ``blob/{transfer}``, over a
 connection of its own, so that tokens and memories do not wait behind them. The receiver says what it has (or
 expects) in a bitmap; chunks that do not come are asked for again. Every chunk is verified against the signed
@@ -16,6 +18,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -39,6 +42,38 @@ MAX_BAD = 3
 """So often may one chunk come damaged before its holder's copy is held to be."""
 PULL_TTL_MS = 10_000
 SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
+
+
+class Chunked(Protocol):
+    """What has a list of chunks: a manifest."""
+
+    @property
+    def chunks(self) -> Sequence[ChunkRef]:
+        """In order."""
+
+
+class ChunkSource(Protocol):
+    """Where chunks are read."""
+
+    def has(self, ref: ChunkRef) -> bool:
+        """Whether a chunk is here."""
+
+    def verified_chunk(self, ref: ChunkRef, index: int) -> bytes | None:
+        """A chunk's bytes, verified; None when it is not here, or damaged. Raises StorageError."""
+
+
+class ChunkTarget(Protocol):
+    """Where chunks are put."""
+
+    def has(self, ref: ChunkRef) -> bool:
+        """Whether a chunk is here."""
+
+    def put_chunk(self, ref: ChunkRef, data: bytes | memoryview) -> None:
+        """Keep a chunk that was verified. Raises StorageError."""
+
+
+class Held(Chunked, ChunkSource, Protocol):
+    """Something else than a snapshot that a node holds, chunk by chunk."""
 
 
 class SnapshotStore:
@@ -159,14 +194,22 @@ class BlobSender:
         store: where manifests and chunks are.
         bus: the connection for chunks.
         read_manifest: the decoded manifest of a snapshot id. Raises NotFound and others of the tree.
+        other: what else is held under an id; None: nothing.
     """
 
-    def __init__(self, store: SnapshotStore, bus: Bus, read_manifest: Callable[[str], SnapshotManifest]) -> None:
+    def __init__(
+        self,
+        store: SnapshotStore,
+        bus: Bus,
+        read_manifest: Callable[[str], SnapshotManifest],
+        other: Callable[[str], Held | None] = lambda _identifier: None,
+    ) -> None:
         self._store = store
         self._bus = bus
         self._read_manifest = read_manifest
+        self._other = other
         # Keyed by transfer and index: a chunk that is asked for again before it was sent goes out once.
-        self._queue: OrderedDict[tuple[str, int], ChunkRef] = OrderedDict()
+        self._queue: OrderedDict[tuple[str, int], tuple[ChunkSource, ChunkRef]] = OrderedDict()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="blob sender", daemon=True)
@@ -175,22 +218,24 @@ class BlobSender:
     def pull(self, message: Received) -> BlobPulling:
         """Handle a pull: queue the chunks it has credit for. Raises NotFound and Overloaded."""
         ask: BlobPull = message.data
-        refs = self._read_manifest(ask.snapshot).chunks
-        queued: dict[tuple[str, int], ChunkRef] = {}
+        held = self._other(ask.snapshot)
+        source: ChunkSource = self._store if held is None else held
+        refs = self._read_manifest(ask.snapshot).chunks if held is None else held.chunks
+        queued: dict[tuple[str, int], tuple[ChunkSource, ChunkRef]] = {}
         missing = []
         for index, ref in enumerate(refs):
             if len(queued) >= ask.credit:
                 break
             if (index >> 3) < len(ask.have) and ask.have[index >> 3] & 1 << (index & 7):
                 continue
-            if not self._store.has(ref):
+            if not source.has(ref):
                 missing.append(index)
             else:
-                queued[ask.transfer, index] = ref
+                queued[ask.transfer, index] = source, ref
         with self._wake:
             if len(self._queue) + len(queued) > MAX_QUEUED:
                 raise Overloaded(
-                    f"sending chunks of snapshot {ask.snapshot[:12]}: {len(self._queue):,} others wait to be sent",
+                    f"sending chunks of {ask.snapshot[:12]}: {len(self._queue):,} others wait to be sent",
                     hint="try again later",
                     reason="too many transfers",
                 )
@@ -212,9 +257,9 @@ class BlobSender:
                     self._wake.wait()
                 if self._stopping:
                     return
-                (transfer, index), ref = self._queue.popitem(last=False)
+                (transfer, index), (source, ref) = self._queue.popitem(last=False)
             try:
-                data = self._store.verified_chunk(ref, index)
+                data = source.verified_chunk(ref, index)
                 if data is None:
                     # The receiver asks again, and is then told that it is missing.
                     self._bus.counters.add("blob.lost")
@@ -228,30 +273,36 @@ class BlobSender:
 
 
 class BlobReceiver:
-    """Pulls one snapshot's chunks from a holder into the store.
+    """Pulls the chunks of a snapshot, or of something else, from a holder into the store.
 
     Args:
         bus: for asking.
         blob_bus: the connection for chunks.
         on_progress: called with (bytes here, bytes in all) after each chunk.
         should_stop: asked between chunks: whether to give up.
+        what, mend: what is pulled, and how its holder can have it again, for messages.
     """
 
     def __init__(
         self,
         bus: Bus,
         blob_bus: Bus,
-        store: SnapshotStore,
+        store: ChunkTarget,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        *,
+        what: str = "snapshot",
+        mend: str = "save the conversation again",
     ) -> None:
         self._bus = bus
         self._blob_bus = blob_bus
         self._store = store
         self._on_progress = on_progress
         self._should_stop = should_stop
+        self._what = what
+        self._mend = mend
 
-    def pull(self, holder: str, identifier: str, manifest: SnapshotManifest, *, timeout_s: float = 600.0) -> int:
+    def pull(self, holder: str, identifier: str, manifest: Chunked, *, timeout_s: float = 600.0) -> int:
         """Fetch what the store has not; the bytes that crossed the bus.
 
         Raises BlobError when the holder does not answer, has lost or damaged chunks, or has not sent all in
@@ -304,13 +355,13 @@ class BlobReceiver:
             now_s = time.monotonic()
             if self._should_stop():
                 raise BlobError(
-                    f"fetching snapshot {identifier[:12]} from {holder}: this service is stopping",
+                    f"fetching {self._what} {identifier[:12]} from {holder}: this service is stopping",
                     hint="what came is kept: try again to go on",
                     reason="stopping",
                 )
             if now_s > deadline_s:
                 raise BlobError(
-                    f"fetching snapshot {identifier[:12]} from {holder}: {len(have)} of {len(refs)} chunks "
+                    f"fetching {self._what} {identifier[:12]} from {holder}: {len(have)} of {len(refs)} chunks "
                     f"came in {timeout_s:g} s",
                     hint="what came is kept: try again to go on",
                     reason="too slow",
@@ -345,9 +396,9 @@ class BlobReceiver:
                     bad[chunk.index] += 1
                     if bad[chunk.index] >= MAX_BAD:
                         raise BlobError(
-                            f"fetching snapshot {identifier[:12]} from {holder}: chunk {chunk.index} came damaged "
+                            f"fetching {self._what} {identifier[:12]} from {holder}: chunk {chunk.index} came damaged "
                             f"{MAX_BAD} times",
-                            hint="fetch it from another holder, or save the conversation again",
+                            hint=f"fetch it from another holder, or {self._mend}",
                             reason="chunk damaged",
                         ) from error
                     continue
@@ -370,14 +421,14 @@ class BlobReceiver:
             answer: BlobPulling = self._bus.ask(holder, message, ttl_ms=PULL_TTL_MS)
         except AskExpired as error:
             raise BlobError(
-                f"fetching snapshot {identifier[:12]}: {holder} does not answer: {error.message}",
+                f"fetching {self._what} {identifier[:12]}: {holder} does not answer: {error.message}",
                 hint="what came is kept: try again when it is back",
                 reason="holder silent",
             ) from error
         if answer.missing:
             raise BlobError(
-                f"fetching snapshot {identifier[:12]}: {holder} has lost {len(answer.missing)} of its chunks",
-                hint="save the conversation again",
+                f"fetching {self._what} {identifier[:12]}: {holder} has lost {len(answer.missing)} of its chunks",
+                hint=self._mend,
                 reason="chunks missing",
             )
         wanted = (i for i in range(count) if i not in skip)

@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from edge.docs_text import plain, table
-from protocol import codec, entries, errors, manifest, messages
+from protocol import built_manifest, codec, entries, errors, manifest, messages
 from protocol.topics import KIB
 
-SOURCES: tuple[ModuleType, ...] = (messages, entries, manifest, errors, codec)
+SOURCES: tuple[ModuleType, ...] = (messages, entries, manifest, built_manifest, errors, codec)
 
 
 class Fields:

@@ -11,6 +11,7 @@ from edge.docs_fields import SOURCES, Fields
 from edge.docs_text import GENERATED, plain, table
 from edge.replies import MARGIN_S, MAX_KEPT_BYTES
 from protocol import codec, errors
+from protocol.built_manifest import MAX_FILES, MAX_MODEL_BYTES, BuiltManifest
 from protocol.clock import COUNTER_BITS, MAX_DRIFT_MS
 from protocol.entries import (
     MAX_CONTENT_BYTES,
@@ -22,7 +23,7 @@ from protocol.entries import (
     MemoryContent,
 )
 from protocol.errors import MindstreamError
-from protocol.identity import DIGEST_BYTES, DOMAIN_ENTRY, DOMAIN_MANIFEST, SIGNATURE_BYTES
+from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, DOMAIN_ENTRY, DOMAIN_MANIFEST, SIGNATURE_BYTES
 from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_SNAPSHOT_BYTES, SnapshotManifest
 from protocol.messages import MESSAGES
 from protocol.topics import MAX_PACKET_BYTES, ROOT, TOPICS
@@ -130,6 +131,15 @@ A [SignedManifest](#signedmanifest) has the msgpack of a snapshot's manifest, an
 Of a manifest only `creator` is read before its signature has been checked. Then: `version` is 1; `total_bytes` is the
 sum of the chunks; no chunk is empty or above its limit; `tokens` has one token more than `cached_tokens`.
 
+### Manifests of built models
+A [SignedBuiltManifest](#signedbuiltmanifest) has the msgpack of a built model's manifest, and the `signature` by its
+`creator`, the holder, over `{domain_built}` and these bytes.
+
+{built_manifest}
+Each file is cut, by itself, into chunks of {chunk:,} bytes, its last one shorter; the chunks of all files, in their
+order, are those of the manifest. It is refused unless its names are plain (no folder, no dot at the beginning, no two
+alike), `total_bytes` is the sum of the files, `chunks` has a digest for each chunk, and `build` is the reader's own.
+
 ## How memories spread
 A node says its own new entries on `memory/log`, each committed before. What was missed is found and asked for:
 `memory/have` is retained, and its `digest` is BLAKE3 with 64 bytes of output over the msgpack arrays `[node, scope,
@@ -148,8 +158,11 @@ message; with `more` the rest is to be asked for. Entries may come twice, and be
    credit used up the receiver asks for more, under the same `transfer`. Nodes give {credit} chunks of credit, and ask
    again for what has not come for {stall:g} s.
 
+A built model travels in the same way: `model.built.ask` gets its signed manifest, and `blob.pull` names in `snapshot`
+the BLAKE3 of that manifest's bytes, in hexadecimal. Then every file is checked by its SHA-256, and against the card.
+
 Chunks may come twice and in any order. A cut transfer goes on with the bitmap of what is here; all chunks but the last
-have {chunk:,} bytes.
+of a snapshot have {chunk:,} bytes.
 
 ## Limits
 {limits}
@@ -189,9 +202,11 @@ def protocol_page() -> str:
             salt=SALT_BYTES,
             domain_entry=_shown(DOMAIN_ENTRY),
             domain_manifest=_shown(DOMAIN_MANIFEST),
+            domain_built=_shown(DOMAIN_BUILT_MODEL),
             entry_header=fields.table(EntryHeader),
             memory_content=fields.table(MemoryContent),
             manifest=fields.table(SnapshotManifest),
+            built_manifest=fields.table(BuiltManifest),
             hlc_ms=64 - COUNTER_BITS,
             hlc_counter=COUNTER_BITS,
             drift=MAX_DRIFT_MS / 1000,
@@ -257,6 +272,7 @@ def _limits() -> str:
         ("manifest", f"{MAX_MANIFEST_BYTES:,} bytes"),
         ("chunk", f"{MAX_CHUNK_BYTES:,} bytes"),
         ("all chunks of a snapshot", f"{MAX_SNAPSHOT_BYTES:,} bytes"),
+        ("all files of a built model", f"{MAX_MODEL_BYTES:,} bytes, {MAX_FILES} files"),
         ("topic", "512 characters"),
     ]
     return table(("what", "at most"), rows)

@@ -22,6 +22,7 @@ SIGNATURE_BYTES = 64
 
 DOMAIN_ENTRY = b"mindstream/v1/entry\0"
 DOMAIN_MANIFEST = b"mindstream/v1/manifest\0"
+DOMAIN_BUILT_MODEL = b"mindstream/v1/built-model\0"
 
 
 def digest(*parts: bytes | bytearray | memoryview) -> bytes:

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import topics
+from protocol.built_manifest import SignedBuiltManifest
 from protocol.entries import SignedEntry
 from protocol.errors import ErrorInfo, UnknownType
 from protocol.ids import NAME_PATTERN
@@ -480,10 +481,22 @@ class SnapshotManifestAsk(msgspec.Struct):
     snapshot: SnapshotId
 
 
+class ModelBuiltAsk(msgspec.Struct, omit_defaults=True):
+    """Ask for the signed manifest of a built model that a node holds; its chunks are then pulled as a snapshot's."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=200)]
+    """Of the model."""
+    precision: Literal["int8", "int4", "fp16", "fp32"] = "int8"
+    """Of its weights."""
+    provider: Literal["cpu", "cuda"] = "cpu"
+    """ONNX Runtime provider that its graph is for."""
+
+
 class BlobPull(msgspec.Struct):
-    """Let a holder send chunks of a snapshot on ``blob/{transfer}``; sent again for more credit."""
+    """Let a holder send chunks of a snapshot or a built model on ``blob/{transfer}``; sent again for more credit."""
 
     snapshot: SnapshotId
+    """The snapshot's id, or the built model's: BLAKE3 of its manifest, 64 hex digits."""
     transfer: Name
     """UUIDv7 chosen by the receiver, who subscribes first."""
     have: Annotated[bytes, Meta(max_length=64 * KIB)]
@@ -661,6 +674,14 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "manifest", "snapshot.manifest"),
     ),
     _row("snapshot.manifest", SignedManifest, topics.REPLY),
+    _row(
+        "model.built.ask",
+        ModelBuiltAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "built", "model.built"),
+    ),
+    _row("model.built", SignedBuiltManifest, topics.REPLY),
     _row(
         "blob.pull",
         BlobPull,

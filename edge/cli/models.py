@@ -16,6 +16,8 @@ from edge.cli.context import (
     EXIT_INTERRUPTED,
     EXIT_NOT_FOUND,
     JsonOption,
+    connected,
+    expect_service,
     load,
     print_json,
     print_table,
@@ -210,6 +212,74 @@ def build(
     card = built.card
     print(f"{card.model} as {card.variant} is in {built.folder}")
     print(f"{_mb(card.size_bytes)}, built in {card.build_s:.0f} s: {_figures(built)}")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="The model. Default: model.name.")] = "",
+    holder: Annotated[str, typer.Option("--from", help="Node that has built it.", metavar="NODE")] = "",
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of the weights: int8, int4, fp16 or fp32.", metavar="PRECISION")
+    ] = "int8",
+    provider: Annotated[
+        str, typer.Option("--provider", help="cpu or cuda. Default: cuda for fp16, else cpu.", metavar="PROVIDER")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """Fetch a built model from another node, over the bus.
+
+    For a node without torch. That node must be trusted here and run its model runner; signature, files and card are
+    checked before the model counts. Stopped by Ctrl-C or a lost connection, the same command goes on where it was.
+    """
+    from edge.keys import Peers, load_or_create_identity
+    from edge.model_cards import PRECISIONS, PROVIDERS, Built
+    from edge.model_fetch import fetch as fetch_model
+    from edge.models import default_cache_folder
+
+    config = load()
+    if not holder:
+        raise typer.BadParameter("name the node that has built it", param_hint="--from")
+    for value, known, option in ((precision, PRECISIONS, "--precision"), (provider, ("", *PROVIDERS), "--provider")):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=option)
+    # A model named by its folder is called as that folder is.
+    wanted = Path(name or config.model.name).name
+    data_dir = config.node.folder()
+    keyring = Peers(data_dir, load_or_create_identity(data_dir, config.node.name)).keyring()
+    started_s = time.monotonic()
+    try:
+        with connected(config) as bus, _progress(wanted) as on_bytes:
+            expect_service(bus, holder, "model_runner")
+            fetched = fetch_model(
+                bus,
+                keyring,
+                holder,
+                wanted,
+                precision,
+                provider,
+                cache=default_cache_folder(),
+                on_progress=on_bytes,
+                say=_say,
+            )
+    except KeyboardInterrupt:
+        _say("stopped: what came is kept; the same command goes on there")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    took_s = time.monotonic() - started_s
+    if json:
+        print_json(
+            {
+                "folder": fetched.folder,
+                "card": fetched.card,
+                "not_default": fetched.card.not_default,
+                "fetched_bytes": fetched.fetched_bytes,
+                "took_s": round(took_s, 3),
+            }
+        )
+        return
+    card = fetched.card
+    how = f"fetched {_mb(fetched.fetched_bytes)} from {holder} in {took_s:.1f} s" if fetched.fetched_bytes else "here"
+    print(f"{card.model} as {card.variant} is in {fetched.folder}")
+    print(f"{_mb(card.size_bytes)}, {how}: {_figures(Built(fetched.folder, card))}")
 
 
 @app.command()

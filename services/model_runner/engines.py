@@ -224,7 +224,11 @@ def _no_built(settings: ModelConfig, packages: Packages, refused: str) -> ModelU
     what = settings.name if settings.precision == "auto" else f"{settings.name} as {settings.precision}"
     precision = "int8" if settings.precision == "auto" else settings.precision
     build = f"mindstream models build {settings.name} --precision {precision}"
-    elsewhere = f"on a node that has torch: {build}; then copy that folder of its cache into {default_cache_folder()}"
+    elsewhere = (
+        f"on a node that has torch: {build}; then here: mindstream models fetch {settings.name} --from NODE"
+        + (f" --precision {precision}" if precision != "int8" else "")
+        + f", or copy that folder of its cache into {default_cache_folder()}"
+    )
     if not packages.onnxruntime and not packages.transformers:
         return ModelUnavailable(
             f"choosing an engine for {what}: neither torch with transformers nor onnxruntime is installed",

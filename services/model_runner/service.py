@@ -1,8 +1,8 @@
 """The model runner: conversations with a local model, and snapshots of them that other nodes go on from.
 
-It hears asks to generate, cancel, save and resume, and pulls of the snapshots it holds. It says tokens as they are
-generated, the end of each run, and the snapshots it has saved. All work on the model is the worker's; fetching a
-snapshot from another node has a thread of its own.
+It hears asks to generate, cancel, save and resume, and pulls of the snapshots and built models it holds. It says tokens
+as they are generated, the end of each run, and the snapshots it has saved. All work on the model is the worker's;
+fetching a snapshot from another node has a thread of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from edge.answers import remaining_ms
 from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Deferred
 from edge.db import open_database
+from edge.model_registry import default_cache_folder
+from edge.model_share import BuiltShelf
 from edge.models import Hold
 from edge.power import Meter, find_meter, visible_gpu
 from edge.service import Context, Service, hears
@@ -29,6 +31,7 @@ from protocol.messages import (
     BlobPull,
     BlobPulling,
     ChatMessage,
+    ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
     ModelEmbed,
@@ -84,13 +87,15 @@ class ModelRunner(Service):
         self.db = open_database(self.context.data_dir / "conversations.db", schema=CONVERSATIONS)
         self.store = SnapshotStore(self.context.data_dir / "snapshots")
         self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
-        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest)
+        self.shelf = BuiltShelf(default_cache_folder(), self.context.identity)
+        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self.shelf.held)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.worker = Worker(self._load, self._say_token, self._report)
         self.embeddings = Embeddings(self.config.model)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
         # One: each holds a copy of a KV cache until it is on the disk.
         self._savers = ThreadPoolExecutor(1, "snapshot saver")
+        self._digesters = ThreadPoolExecutor(1, "built model digester")
 
     def started(self) -> None:
         self.blob_bus.start(timeout_s=None)
@@ -102,6 +107,7 @@ class ModelRunner(Service):
         self.embeddings.stop()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._savers.shutdown(wait=False, cancel_futures=True)
+        self._digesters.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.blob_bus.stop()
         self.db.close()
@@ -331,9 +337,15 @@ class ModelRunner(Service):
         """The signed manifest of a snapshot that this node holds."""
         return self.store.manifest(message.data.snapshot)
 
+    @hears(ModelBuiltAsk)
+    def built(self, message: Received) -> Deferred:
+        """The signed manifest of a built model in this node's cache, on a thread of its own: its files may be read."""
+        ask: ModelBuiltAsk = message.data
+        return _deferred(self._digesters.submit(self.shelf.manifest, ask.name, ask.precision, ask.provider))
+
     @hears(BlobPull)
     def pull(self, message: Received) -> BlobPulling:
-        """Send chunks of a snapshot that this node holds."""
+        """Send chunks of a snapshot, or of a built model, that this node holds."""
         return self.sender.pull(message)
 
     def _open_stored(self, identifier: str) -> SnapshotManifest:

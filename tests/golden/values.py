@@ -5,6 +5,7 @@ A new row of the message table needs a value here; a new field of a struct needs
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import NamedTuple
 from unittest import mock
 
@@ -12,6 +13,7 @@ import msgspec
 from blake3 import blake3
 
 from protocol import codec, entries
+from protocol.built_manifest import BuiltFile, BuiltManifest, SignedBuiltManifest, seal_built
 from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_hash, seal
 from protocol.errors import ErrorInfo
 from protocol.identity import Identity, digest
@@ -46,6 +48,7 @@ from protocol.messages import (
     MemoryVector,
     MemoryVectorAsk,
     MessageRow,
+    ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
     ModelEmbed,
@@ -161,6 +164,20 @@ MANIFEST = SnapshotManifest(
 )
 SIGNED_MANIFEST: SignedManifest = seal_manifest(SPROUT, MANIFEST)
 SNAPSHOT = snapshot_id(SIGNED_MANIFEST)
+
+BUILT_FILES = {"card.json": b"{}", "model.onnx": CHUNK}
+BUILT_MANIFEST = BuiltManifest(
+    version=1,
+    creator="sprout",
+    model="smollm2-135m-instruct",
+    folder="smollm2-135m-instruct-0123456789ab-int8-cpu-b2",
+    build=2,
+    card=sha256(b"{}").digest(),
+    files=[BuiltFile(name, len(data), sha256(data).digest()) for name, data in BUILT_FILES.items()],
+    total_bytes=sum(map(len, BUILT_FILES.values())),
+    chunks=b"".join(map(digest, BUILT_FILES.values())),
+)
+SIGNED_BUILT_MANIFEST: SignedBuiltManifest = seal_built(SPROUT, BUILT_MANIFEST)
 
 ERROR = ErrorInfo(
     code="conversation_unknown",
@@ -348,6 +365,8 @@ VALUES: dict[str, msgspec.Struct] = {
     ),
     "snapshot.manifest.ask": SnapshotManifestAsk(snapshot=SNAPSHOT),
     "snapshot.manifest": SIGNED_MANIFEST,
+    "model.built.ask": ModelBuiltAsk(name="smollm2-135m-instruct", precision="int4", provider="cuda"),
+    "model.built": SIGNED_BUILT_MANIFEST,
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
     "blob.chunk": BlobChunk(index=0, data=CHUNK),

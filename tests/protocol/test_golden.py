@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import codec, entries, manifest
+from protocol.built_manifest import SignedBuiltManifest, open_built
 from protocol.entries import SignedEntry
 from protocol.errors import MalformedMessage, MindstreamError, ProtocolError
 from protocol.identity import DOMAIN_ENTRY, DOMAIN_MANIFEST, Identity, Keyring, digest
@@ -231,6 +232,9 @@ def test_one_bit_changed_anywhere_in_a_signed_thing_is_found() -> None:
         for changed in flipped(getattr(values.SIGNED_MANIFEST, name)):
             with pytest.raises(MindstreamError):
                 manifest.open_manifest(msgspec.structs.replace(values.SIGNED_MANIFEST, **{name: changed}), KEYRING)
+        for changed in flipped(getattr(values.SIGNED_BUILT_MANIFEST, name)):
+            with pytest.raises(MindstreamError):
+                open_built(msgspec.structs.replace(values.SIGNED_BUILT_MANIFEST, **{name: changed}), KEYRING)
 
 
 # --- bytes that were damaged on the way -------------------------------------------------------------------
@@ -246,6 +250,8 @@ def survive(row: MessageRow, payload: bytes) -> bool:
         _harmless(lambda entry=entry: entries.read_content(entry) and entries.verify(entry, KEYRING))  # type: ignore[misc]
     if isinstance(data, SignedManifest):
         _harmless(lambda: manifest.open_manifest(data, KEYRING))
+    if isinstance(data, SignedBuiltManifest):
+        _harmless(lambda: open_built(data, KEYRING))
     return True
 
 

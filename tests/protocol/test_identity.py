@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import BadSignature, TrustError, UnknownPeer
 from protocol.identity import (
+    DOMAIN_BUILT_MODEL,
     DOMAIN_ENTRY,
     DOMAIN_MANIFEST,
     SIGNATURE_BYTES,
@@ -50,9 +51,8 @@ def test_a_signature_is_valid_for_its_node_use_and_bytes_alone() -> None:
 
 def test_bytes_cannot_move_between_domain_and_payload() -> None:
     keyring = Keyring({"tomato": TOMATO.fingerprint})
-    assert not any(
-        a != b and a.startswith(b) for a in (DOMAIN_ENTRY, DOMAIN_MANIFEST) for b in (DOMAIN_ENTRY, DOMAIN_MANIFEST)
-    )
+    domains = (DOMAIN_ENTRY, DOMAIN_MANIFEST, DOMAIN_BUILT_MODEL)
+    assert not any(a != b and a.startswith(b) for a in domains for b in domains)
     assert DOMAIN_ENTRY.endswith(b"\0")
     assert DOMAIN_ENTRY.count(b"\0") == 1
     keyring.verify("tomato", DOMAIN_ENTRY, b"", TOMATO.sign(DOMAIN_ENTRY, b""))
