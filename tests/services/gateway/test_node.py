@@ -13,7 +13,7 @@ import pytest
 
 from broker.embedded import EmbeddedBroker
 from tests.services.gateway.conftest import TIMEOUT_S
-from tests.support.nodes import CHECKOUT, Node, Watcher
+from tests.support.nodes import CHECKOUT, Node, Watcher, wait_for
 from tests.support.ports import free_port
 
 openai = pytest.importorskip("openai", reason="openai is not installed: make install (extra `dev`)")
@@ -51,6 +51,7 @@ def test_a_program_that_is_given_address_and_token_talks_with_the_model(node: tu
     tomato, watcher = node
     url, token = command(tomato, "url")["url"], command(tomato, "token")["token"]
     client = openai.OpenAI(base_url=url, api_key=token, max_retries=0, timeout=120)
+    wait_for(lambda: client.models.list().data, "the endpoint has not heard of the model runner")
     model = client.models.list().data[0].id
     messages: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
     arguments: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": 32}
