@@ -100,6 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Every process that a test starts inherits this, orphans included, so the end can look for it.
     if not _is_worker(config):
         os.environ[_RUN_MARK] = uuid.uuid4().hex
+    _leave_home()
     broker_base._free_port = free_port
     # A shell starts what it runs in the background with Ctrl-C ignored, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -139,6 +140,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for report in reports:
             terminalreporter.write_line(report.nodeid)
         terminalreporter.write_line(f"{len(reports)} in all")
+
+
+def _leave_home() -> None:
+    """Make the run independent of this user's settings and models: a model that was built answers other words."""
+    for name in [name for name in os.environ if name.startswith("MINDSTREAM_") and name != "MINDSTREAM_MODELS"]:
+        del os.environ[name]
+    # Kept from run to run, for converting a model takes long; models are built into folders of the tests' own.
+    os.environ["XDG_CACHE_HOME"] = str(CHECKOUT / ".cache" / "tests")
+    os.environ["XDG_CONFIG_HOME"] = str(CHECKOUT / ".cache" / "tests" / "no-configuration")
 
 
 def _is_worker(config: pytest.Config) -> bool:
