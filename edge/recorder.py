@@ -20,6 +20,7 @@ from typing import Any
 from edge.mqtt_wire import WireClient
 from edge.recording import Gap, RecordingInfo
 from edge.recording_writer import BlockSink, Rotation, Totals
+from edge.stopping import StopFlag
 from edge.text import mindstream_version
 from protocol.errors import NotConnected, StorageError
 from protocol.ids import uuid7
@@ -158,7 +159,7 @@ class Recorder:
         self._count = count
         self._seconds = seconds
         self.totals = Totals()
-        self._stop = threading.Event()
+        self._stop = StopFlag()
         client.epoch_ns = time.monotonic_ns()
         now_us = time.time_ns() // 1000
         client.connect()

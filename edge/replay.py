@@ -8,7 +8,6 @@ connection; what the messages mean it reads from their topics alone.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from paho.mqtt.client import topic_matches_sub
 
 from edge.mqtt_wire import WireClient
 from edge.recording import Damage, Gap, Message, Recording
+from edge.stopping import StopFlag
 from protocol import topics
 from protocol.errors import UNREADABLE, BusError, NotAuthorized, WrongTopic
 from protocol.messages import NodeState
@@ -132,7 +132,7 @@ class Replay:
         self._paths = paths
         self._selection = selection
         self._speed = speed
-        self._stop = threading.Event()
+        self._stop = StopFlag()
         self._retained: dict[str, None] = {}
         self._progress: Callable[[Report], None] = lambda _report: None
         self._told_s, self._every_s = 0.0, 0.1

@@ -34,6 +34,7 @@ from edge.logs import say_end, set_up_logging
 from edge.mqtt_version import MQTT_3_1_1
 from edge.notify import Notifier
 from edge.service_table import BY_NAME
+from edge.stopping import StopFlag
 from protocol.errors import ConfigError, MindstreamError, StorageError
 from protocol.identity import Identity
 from protocol.messages import ServiceState
@@ -105,7 +106,7 @@ class Service:
         self._manager = Notifier.from_environment()
         self._manager_told_ready = False
         self._workers: list[threading.Thread] = []
-        self._stop = threading.Event()
+        self._stop = StopFlag()
         self._failure: BaseException | None = None
         self._said: ServiceState | None = None
         self._said_at_s = 0.0

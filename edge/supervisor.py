@@ -30,6 +30,7 @@ from edge.node_lock import NodeLock
 from edge.process import ChildProcess, RotatingLog, free_bytes, start_child
 from edge.service import EXIT_CONFIG
 from edge.service_table import BY_NAME, ServiceRow, missing_packages
+from edge.stopping import StopFlag
 from edge.text import printable
 from protocol.codec import Received
 from protocol.errors import BrokerError, ConfigError, MindstreamError, StorageError
@@ -79,8 +80,8 @@ class Supervisor:
         """Set once every service is ready, or says itself why it is less than that, or is given up."""
         self._config_path = config_path
         self._echo = echo
-        self._stop = threading.Event()
-        self._hurry = threading.Event()
+        self._stop = StopFlag()
+        self._hurry = StopFlag()
         self._lock: NodeLock | None = None
         self._broker: EmbeddedBroker | None = None
         self._broker_deaths = 0

@@ -182,9 +182,9 @@ def replay(
         else:
             _show_report(report, live)
         if private and hold and not report.stopped:
-            import threading
+            from edge.stopping import StopFlag
 
-            done = threading.Event()
+            done = StopFlag()
             with _stopped_by_signals(done.set):
                 print(f"the broker at {url} stays; Ctrl-C ends it", file=sys.stderr, flush=True)
                 while not done.wait(1.0):

@@ -68,6 +68,8 @@ class Presence(Service):
         self._suspend_clock = suspend_clock or SuspendClock()
         self._liveness = liveness or Liveness()
         self._ticked_s = time.monotonic()
+        self._connections = 0
+        """The bus's count at the last tick: the connection may break and be back between two."""
         self._late: tuple[str, ...] = ()
         """Services of this node that have fallen silent."""
         self._peers_late = 0
@@ -135,8 +137,9 @@ class Presence(Service):
     def _judge_silence(self) -> None:
         """Who has fallen silent, and who is back: said once each."""
         now_s = time.monotonic()
-        deaf = not self.bus.connected or now_s - self._ticked_s > STOOD_STILL_S
-        self._ticked_s = now_s
+        connections = self.bus.connections
+        deaf = not self.bus.connected or connections != self._connections or now_s - self._ticked_s > STOOD_STILL_S
+        self._ticked_s, self._connections = now_s, connections
         if deaf:
             self._liveness.forgive()
         changes = self._liveness.changes()
