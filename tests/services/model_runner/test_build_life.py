@@ -55,6 +55,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_life_of_a_built_model_build_list_verify_path_rm(small_models: dict[str, Path], cache: Path) -> None:
     source = small_models["llama"]
     built = answer("build", str(source))
@@ -92,6 +93,7 @@ def test_a_life_of_a_built_model_build_list_verify_path_rm(small_models: dict[st
     assert list(built_models(cache)) == []
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed_leaves_nothing_half_done_and_the_next_one_clears_up(
     small_models: dict[str, Path], cache: Path
 ) -> None:
