@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import msgspec
 
-from protocol.errors import UNREADABLE, MalformedMessage
+from protocol.errors import MalformedMessage
 from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, Identity, Keyring, digest
-from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, ChunkRef
+from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, ChunkRef, read_signed
 
 BUILT_MANIFEST_VERSION = 1
 MAX_FILES = 64
@@ -67,13 +67,6 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(BuiltManifest)
 
 
-class _Creator(msgspec.Struct):
-    creator: str
-
-
-_creator_decoder = msgspec.msgpack.Decoder(_Creator)
-
-
 def built_id(signed: SignedBuiltManifest) -> str:
     """What its chunks are pulled by: BLAKE3 of the manifest's bytes, 64 hex digits."""
     return digest(signed.manifest).hex()
@@ -102,14 +95,9 @@ def open_built(signed: SignedBuiltManifest, keyring: Keyring) -> BuiltManifest:
     def malformed(field: str, reason: str) -> MalformedMessage:
         return MalformedMessage(f"reading a built model's manifest: {field}: {reason}", field=field, reason=reason)
 
-    if len(signed.manifest) > MAX_MANIFEST_BYTES:
-        raise malformed("manifest", f"{len(signed.manifest):,} bytes, limit {MAX_MANIFEST_BYTES:,}")
-    try:
-        creator = _creator_decoder.decode(signed.manifest).creator
-        keyring.verify(creator, DOMAIN_BUILT_MODEL, signed.manifest, signed.signature)
-        manifest = _decoder.decode(signed.manifest)
-    except UNREADABLE as error:
-        raise malformed("manifest", str(error)) from None
+    manifest = read_signed(
+        "a built model's manifest", DOMAIN_BUILT_MODEL, signed.manifest, signed.signature, _decoder, keyring
+    )
     if manifest.version != BUILT_MANIFEST_VERSION:
         raise malformed("version", f"{manifest.version}, this node reads {BUILT_MANIFEST_VERSION}")
     names = [file.name for file in manifest.files]

@@ -6,7 +6,7 @@ always inside, so that any snapshot can be resumed by reading again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -126,6 +126,8 @@ class SignedManifest(msgspec.Struct):
     """Ed25519 over the domain ``mindstream/v1/manifest\\0`` and ``manifest``."""
 
 
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(SnapshotManifest)
 
@@ -157,6 +159,27 @@ def seal_manifest(identity: Identity, manifest: SnapshotManifest) -> SignedManif
     return SignedManifest(manifest=body, signature=identity.sign(DOMAIN_MANIFEST, body))
 
 
+def _malformed(what: str, field: str, reason: str) -> MalformedMessage:
+    return MalformedMessage(f"reading {what}: {field}: {reason}", field=field, reason=reason)
+
+
+def read_signed(
+    what: str, domain: bytes, body: bytes, signature: bytes, decoder: msgspec.msgpack.Decoder[T], keyring: Keyring
+) -> T:
+    """What ``body`` says, once the node that it names as its ``creator`` is trusted and has signed it in ``domain``.
+
+    ``what`` it is stands in errors. Raises MalformedMessage, UnknownPeer or BadSignature.
+    """
+    if len(body) > MAX_MANIFEST_BYTES:
+        raise _malformed(what, "manifest", f"{len(body):,} bytes, limit {MAX_MANIFEST_BYTES:,}")
+    # Free-form maps may take 60 times their size once decoded: that is done for trusted peers only.
+    try:
+        keyring.verify(_creator_decoder.decode(body).creator, domain, body, signature)
+        return decoder.decode(body)
+    except UNREADABLE as error:
+        raise _malformed(what, "manifest", str(error)) from None
+
+
 def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
     """The manifest, once signature, version and arithmetic hold; nothing is allocated from it before.
 
@@ -164,17 +187,9 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
     """
 
     def malformed(field: str, reason: str) -> MalformedMessage:
-        return MalformedMessage(f"reading a snapshot manifest: {field}: {reason}", field=field, reason=reason)
+        return _malformed("a snapshot manifest", field, reason)
 
-    if len(signed.manifest) > MAX_MANIFEST_BYTES:
-        raise malformed("manifest", f"{len(signed.manifest):,} bytes, limit {MAX_MANIFEST_BYTES:,}")
-    # Its free-form maps may take 60 times its size once decoded: that is done for trusted peers only.
-    try:
-        creator = _creator_decoder.decode(signed.manifest).creator
-        keyring.verify(creator, DOMAIN_MANIFEST, signed.manifest, signed.signature)
-        manifest = _decoder.decode(signed.manifest)
-    except UNREADABLE as error:
-        raise malformed("manifest", str(error)) from None
+    manifest = read_signed("a snapshot manifest", DOMAIN_MANIFEST, signed.manifest, signed.signature, _decoder, keyring)
     if manifest.version != MANIFEST_VERSION:
         raise malformed("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
     if any(

@@ -233,6 +233,22 @@ class Engine(ABC):
         Raises SnapshotRefused, before anything is allocated, when they do not fit ``spec``.
         """
 
+    def check_restored(self, layers: Sequence[LayerState], capacity_tokens: int) -> int:
+        """The positions that ``layers`` hold, once they fit this model and a cache of ``capacity_tokens``.
+
+        Raises SnapshotRefused or ContextOverflow; nothing was allocated.
+        """
+        check_layers(self.spec, layers)
+        seen = layers[0].seen_tokens
+        if seen > capacity_tokens:
+            raise ContextOverflow(
+                f"restoring {seen:,} positions into a KV cache of {capacity_tokens:,}",
+                hint="ask for a larger capacity",
+                field="capacity_tokens",
+                reason="too small",
+            )
+        return seen
+
     def check_tokens(self, cache: KVCache, tokens: Sequence[int]) -> None:
         """Raises InvalidPrompt or ContextOverflow unless ``tokens`` can be appended to ``cache``."""
         for position, token in enumerate(tokens):

@@ -26,7 +26,6 @@ from services.model_runner.engine import (
     Logits,
     OnProgress,
     ShouldStop,
-    check_layers,
     chunk_ends,
     chunk_schedule,
 )
@@ -225,7 +224,10 @@ class OnnxEngine(Engine):
 
     def export_layers(self, cache: KVCache) -> list[LayerState]:
         own = self._own(cache)
-        length = own.length
+        return self._prefix_of(own, own.length)
+
+    def _prefix_of(self, own: OnnxKVCache, length: int) -> list[LayerState]:
+        """Its layers as they were after ``length`` positions."""
         states = []
         for index, spec in enumerate(self.spec.layers):
             start = length - spec.held_tokens(length)
@@ -239,16 +241,8 @@ class OnnxEngine(Engine):
         return states
 
     def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> OnnxKVCache:
-        check_layers(self.spec, layers)
+        length = self.check_restored(layers, capacity_tokens)
         cache = self.new_cache(capacity_tokens)
-        length = layers[0].seen_tokens
-        if length > capacity_tokens:
-            raise ContextOverflow(
-                f"restoring {length:,} positions into a KV cache of {capacity_tokens:,}",
-                hint="ask for a larger capacity",
-                field="capacity_tokens",
-                reason="too small",
-            )
         self._check_memory(length)
         row = cache.taken_row()
         for index, state in enumerate(layers):
@@ -263,12 +257,7 @@ class OnnxEngine(Engine):
         own = self._own(cache)
         if tokens > own.length or (own.row is not None and own.row.kept_from > self._first_needed(tokens)):
             return None
-        states = []
-        for index, spec in enumerate(self.spec.layers):
-            start = tokens - spec.held_tokens(tokens)
-            keys, values = (self._arena.read(own.taken_row(), index, plane, start, tokens) for plane in (False, True))
-            states.append(LayerState(spec.kind, self.spec.dtype, keys, values, tokens))
-        return self.import_layers(states, capacity_tokens)
+        return self.import_layers(self._prefix_of(own, tokens), capacity_tokens)
 
     def _first_needed(self, length: int) -> int:
         """The first position that some sliding layer still needs after ``length`` of them."""

@@ -32,7 +32,6 @@ from services.model_runner.engine import (
     ModelSpec,
     OnProgress,
     ShouldStop,
-    check_layers,
     chunk_ends,
     chunk_schedule,
 )
@@ -265,16 +264,8 @@ class TransformersEngine(Engine):
         return states
 
     def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> TorchKVCache:
-        check_layers(self.spec, layers)
+        seen = self.check_restored(layers, capacity_tokens)
         cache = self.new_cache(capacity_tokens)
-        seen = layers[0].seen_tokens
-        if seen > capacity_tokens:
-            raise ContextOverflow(
-                f"restoring {seen:,} positions into a KV cache of {capacity_tokens:,}",
-                hint="ask for a larger capacity",
-                field="capacity_tokens",
-                reason="too small",
-            )
         with torch.inference_mode(), self._memory_errors("restoring a KV cache", seen):
             for layer, state in zip(cache.layers, layers, strict=True):
                 keys, values = (_from_numpy(array, self._dtype) for array in (state.keys, state.values))

@@ -170,11 +170,6 @@ def _text_turn(
 # --- what the context holds -----------------------------------------------------------------------------------
 
 
-def _most_tokens(turn: Turn, context_tokens: int) -> int:
-    """What a prompt may have when it must be cut: the answer gets some room as well."""
-    return context_tokens - min(turn.ask.max_new_tokens, max(1, context_tokens // ROOM_SHARE))
-
-
 def _overflow(engine: Engine, turn: Turn, context_tokens: int, tokens: int, what: str) -> ContextOverflow:
     return ContextOverflow(
         f"reading the prompt of {turn.ask.conversation!r} with {engine.spec.name}: {what} {tokens:,} tokens, the "
@@ -185,16 +180,26 @@ def _overflow(engine: Engine, turn: Turn, context_tokens: int, tokens: int, what
     )
 
 
-def _fit_messages(engine: Engine, chat: ChatFormat, turn: Turn, context_tokens: int) -> Turn:
-    """As it is if it fits, else without its oldest turns; the system messages stay."""
+def _cut_to(engine: Engine, turn: Turn, context_tokens: int) -> int | None:
+    """What is left of a prompt that must be cut, the answer getting some room as well; None when it fits as it is.
+
+    Raises ContextOverflow when the ask does not want it cut.
+    """
     total = turn.total_tokens
     if turn.ask.on_overflow == "refuse":
         if total > context_tokens:
             raise _overflow(engine, turn, context_tokens, total, "it has")
+        return None
+    most = context_tokens - min(turn.ask.max_new_tokens, max(1, context_tokens // ROOM_SHARE))
+    return most if total > most else None
+
+
+def _fit_messages(engine: Engine, chat: ChatFormat, turn: Turn, context_tokens: int) -> Turn:
+    """As it is if it fits, else without its oldest turns; the system messages stay."""
+    most = _cut_to(engine, turn, context_tokens)
+    if most is None:
         return turn
-    most = _most_tokens(turn, context_tokens)
-    if total <= most:
-        return turn
+    total = turn.total_tokens
     system = [message for message in turn.messages if message.role == "system"]
     said = [message for message in turn.messages if message.role != "system"]
     # A template may want the user to speak first.
@@ -221,14 +226,10 @@ def _fit_messages(engine: Engine, chat: ChatFormat, turn: Turn, context_tokens: 
 
 def _fit_tokens(engine: Engine, turn: Turn, context_tokens: int) -> Turn:
     """As it is if it fits, else its last tokens."""
+    most = _cut_to(engine, turn, context_tokens)
+    if most is None:
+        return turn
     total = turn.total_tokens
-    if turn.ask.on_overflow == "refuse":
-        if total > context_tokens:
-            raise _overflow(engine, turn, context_tokens, total, "it has")
-        return turn
-    most = _most_tokens(turn, context_tokens)
-    if total <= most:
-        return turn
     whole = [*(turn.history.tokens if turn.history and turn.extends else []), *turn.tokens]
     turn.tokens = whole[-most:]
     turn.extends = False

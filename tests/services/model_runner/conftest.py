@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: make install (extra `model`)")
 
+from edge.db import Database, open_database  # noqa: E402
+from services.model_runner.conversations import CONVERSATIONS  # noqa: E402
 from services.model_runner.transformers_engine import TransformersEngine  # noqa: E402
 from tests.support.once import once_a_run  # noqa: E402
 
@@ -121,3 +124,11 @@ def built_models(small_models: dict[str, Path], tmp_path_factory: pytest.TempPat
 
     root = once_a_run(tmp_path_factory, "built-models", make)
     return {name: root / name for name in wanted}
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    """Where conversations are kept."""
+    found = open_database(tmp_path / "conversations.db", schema=CONVERSATIONS)
+    yield found
+    found.close()

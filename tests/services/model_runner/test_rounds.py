@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from edge.db import Database, open_database
+from edge.db import Database
 from edge.power import EnergySource, Meter, Unreadable
 from protocol.errors import ContextOverflow, InvalidPrompt, from_wire
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
 from services.model_runner.answers import Run
 from services.model_runner.chat import ChatFormat
-from services.model_runner.conversations import CONVERSATIONS, Conversations
+from services.model_runner.conversations import Conversations
 from services.model_runner.rounds import Loaded
 from services.model_runner.transformers_engine import TransformersEngine
 from services.model_runner.worker import Worker
@@ -68,13 +68,6 @@ class Runner:
         self.worker.between_tokens(wait)
         assert held.wait(WAIT_S)
         return go
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    found = open_database(tmp_path / "conversations.db", schema=CONVERSATIONS)
-    yield found
-    found.close()
 
 
 @pytest.fixture

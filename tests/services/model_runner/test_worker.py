@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from edge.db import Database, open_database
+from edge.db import Database
 from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
 from services.model_runner.answers import Run
 from services.model_runner.chat import ChatFormat
-from services.model_runner.conversations import CONVERSATIONS, Conversations
+from services.model_runner.conversations import Conversations
 from services.model_runner.rounds import Loaded
 from services.model_runner.transformers_engine import TransformersEngine
 from services.model_runner.worker import Worker
@@ -53,13 +53,6 @@ class Runner:
         return self.worker.between_tokens(
             lambda loaded: list(loaded.conversations.get(conversation).state.tokens)
         ).result(WAIT_S)
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Iterator[Database]:
-    found = open_database(tmp_path / "conversations.db", schema=CONVERSATIONS)
-    yield found
-    found.close()
 
 
 @pytest.fixture
