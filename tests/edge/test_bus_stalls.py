@@ -46,7 +46,8 @@ def test_a_handler_that_stays_at_one_message_is_told_by_how_long(make_bus: OpenB
 
 def test_a_network_thread_that_is_held_is_told(make_bus: OpenBus, open_bus: OpenBus) -> None:
     responder = make_bus("sprout", "memory_store")
-    responder.hear(MemoryPut, Answers())
+    answers = Answers()
+    responder.hear(MemoryPut, answers)
     responder.start()
     asker = open_bus("tomato", "asker")
     gate = threading.Event()
@@ -56,8 +57,9 @@ def test_a_network_thread_that_is_held_is_told(make_bus: OpenBus, open_bus: Open
         held.set()
         gate.wait(DEADLINE_S)
 
-    # The answer is taken on the network thread, and with it what waits for it.
-    asker.ask_later("sprout", MemoryPut(text="a"), ttl_ms=TTL_MS).add_done_callback(hold)
+    # The answer is taken on the network thread, and with it what waits for it, if it was attached before.
+    asker.ask_later("sprout", MemoryPut(text="hold"), ttl_ms=TTL_MS).add_done_callback(hold)
+    answers.release.set()
     assert held.wait(DEADLINE_S)
     wait_for(lambda: asker.stalled_s() > 1.0, "the stall is seen")
     gate.set()
