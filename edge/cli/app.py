@@ -1,32 +1,74 @@
-"""The command table: every command of ``mindstream`` and its group."""
+"""The program ``mindstream``: its global options, and its commands by the table, each imported when it is wanted."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+import typer.core
+import typer.main
 
-from edge.cli import (
-    bench,
-    broker,
-    config,
-    decode,
-    gateway,
-    keys,
-    memory,
-    model,
-    models,
-    node,
-    record,
-    status,
-    units,
-    watch,
-)
 from edge.cli.context import settings
+from edge.cli.table import ABOUT, COMMANDS, OPTIONS, terminal_columns, top_help
+
+
+class LazyCommands(Mapping[str, Any]):
+    """The commands of the table. To ask for one imports its module, and no other; names cost nothing."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._made[name] = _make(name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in COMMANDS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def _make(name: str) -> Any:
+    """The command or group of a row of the table. Raises KeyError for another name."""
+    module, attribute, _ = COMMANDS[name]
+    found = getattr(importlib.import_module(f"edge.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        command: Any = typer.main.get_group(found)
+    else:
+        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+        alone.command(name)(found)
+        command = typer.main.get_command(alone)
+    command.name = name
+    return command
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """The top level: a listing of it, its help and its suggestions for a mistyped name import no command."""
+
+    def __init__(self, **settings_: Any) -> None:
+        super().__init__(**settings_)
+        self.commands: Any = LazyCommands()
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the parent's signature
+        """In the order of the table."""
+        return list(COMMANDS)
+
+    def get_help(self, ctx: Any) -> str:  # noqa: ARG002
+        """The same text that ``main`` prints without typer."""
+        return top_help(terminal_columns())
+
 
 # rich_markup_mode None: help is drawn without rich, which takes as long to import as all the rest.
 app = typer.Typer(
+    cls=LazyGroup,
     rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -43,42 +85,16 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def _options(
     config: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 too
-        typer.Option("--config", metavar="FILE", help="mindstream.toml. Default: the first of the search path."),
+        typer.Option("--config", metavar="FILE", help=OPTIONS["--config FILE"]),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and show where errors come from.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help=OPTIONS["--debug"])] = False,
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help=OPTIONS["--version"])
     ] = False,
 ) -> None:
-    """Small machines think together: shared memories, conversations that move between nodes, over MQTT."""
     settings.config_path = config
     settings.debug = debug
-
-
-app.command()(node.up)
-app.command()(status.status)
-app.command()(node.demo)
-app.command()(model.chat)
-app.command()(memory.remember)
-app.command()(memory.recall)
-app.command()(model.handoff)
-app.command()(watch.watch)
-app.command()(decode.decode)
-app.command()(record.record)
-app.command()(record.recordings)
-app.command()(record.replay)
-app.add_typer(models.app, name="models")
-app.add_typer(keys.app, name="keys")
-app.add_typer(broker.app, name="broker")
-app.add_typer(gateway.app, name="gateway")
-app.command()(node.doctor)
-app.command()(bench.bench)
-app.add_typer(config.app, name="config")
-app.add_typer(units.app, name="units")
-app.command()(status.sleep)
-app.command()(status.wake)
-app.command()(node.version)

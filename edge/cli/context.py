@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from protocol import errors
-from protocol.errors import MindstreamError
-
 if TYPE_CHECKING:
     from edge.bus import Bus
     from edge.config import Config
     from protocol.codec import Received
+    from protocol.errors import MindstreamError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_NOT_FOUND, EXIT_NOT_READY = 0, 1, 2, 3, 4, 5
 EXIT_INTERRUPTED = 130
@@ -32,16 +30,6 @@ EXIT_CODES = {
     EXIT_INTERRUPTED: "interrupted by Ctrl-C",
 }
 """For docs/cli.md; scripts rely on them."""
-
-_EXIT_OF: tuple[tuple[type[MindstreamError], int], ...] = (
-    (errors.ConfigError, EXIT_USAGE),
-    (errors.ProtocolError, EXIT_USAGE),
-    (errors.NotConnected, EXIT_UNREACHABLE),
-    (errors.AskExpired, EXIT_UNREACHABLE),
-    (errors.NotFound, EXIT_NOT_FOUND),
-    (errors.ConversationUnknown, EXIT_NOT_FOUND),
-    (errors.ModelUnavailable, EXIT_NOT_FOUND),
-)
 
 REFUSED_TIMEOUT_S = 3.0
 """A broker that is just being started has this long to listen."""
@@ -67,7 +55,14 @@ settings = Settings()
 
 def exit_code(error: MindstreamError) -> int:
     """The exit code for an error of the tree."""
-    return next((code for kind, code in _EXIT_OF if isinstance(error, kind)), EXIT_FAILED)
+    from protocol import errors
+
+    codes = {
+        EXIT_USAGE: (errors.ConfigError, errors.ProtocolError),
+        EXIT_UNREACHABLE: (errors.NotConnected, errors.AskExpired),
+        EXIT_NOT_FOUND: (errors.NotFound, errors.ConversationUnknown, errors.ModelUnavailable),
+    }
+    return next((code for code, kinds in codes.items() if isinstance(error, kinds)), EXIT_FAILED)
 
 
 def print_error(error: MindstreamError) -> None:
@@ -92,10 +87,11 @@ def broker_url(config: Config) -> str:
     if config.broker.url:
         return config.broker.url
     from edge.node_lock import running_in
+    from protocol.errors import NotConnected
 
     running = running_in(config.node.folder())
     if running is None:
-        raise errors.NotConnected(
+        raise NotConnected(
             f"looking for the broker of node {config.node.name}: broker.url is empty and no node runs in"
             f" {config.node.folder()}",
             hint="start it with `mindstream up`, or name another configuration with --config",
@@ -136,9 +132,11 @@ def connected(config: Config, *, wait: bool = True) -> Iterator[Bus]:
 
 def connect(bus: Bus) -> None:
     """Connect. Raises NotConnected, soon when nothing listens there."""
+    from protocol.errors import NotConnected
+
     try:
         bus.start(REFUSED_TIMEOUT_S)
-    except errors.NotConnected as error:
+    except NotConnected as error:
         if error.reason != "no answer in time":
             raise
         bus.wait_subscribed(CONNECT_TIMEOUT_S)
@@ -151,6 +149,7 @@ def expect_service(bus: Bus, node: str, service: str) -> None:
     """
     import threading
 
+    from protocol.errors import NotConnected
     from protocol.messages import ServiceState
 
     heard = threading.Event()
@@ -172,7 +171,7 @@ def expect_service(bus: Bus, node: str, service: str) -> None:
             print(f"{node}/{service} is not ready yet: {state.reason or 'starting'}", file=sys.stderr)
         return
     said = f"it is {state.state}" + (f": {state.reason}" if state.reason else "") if state else "nobody has heard of it"
-    raise errors.NotConnected(
+    raise NotConnected(
         f"looking for {service} of node {node} at {bus.url}: {said}",
         hint=f"`mindstream status` lists who is there; services.enabled on {node} must name {service}",
         reason="not there",

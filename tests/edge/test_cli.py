@@ -264,18 +264,6 @@ def test_up_runs_a_node_until_ctrl_c_and_others_find_its_broker(lonely: Path) ->
         up.wait()
 
 
-def test_help_imports_no_torch_and_nothing_else_that_is_slow() -> None:
-    program = (
-        "import sys\nfrom edge.cli import main\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print('\\nMODULES', *sorted({name.partition('.')[0] for name in sys.modules}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.rpartition("MODULES")[2].split())
-    assert "typer" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "rich", "paho", "apsw", "cryptography", "iotcore", "psutil"}
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
