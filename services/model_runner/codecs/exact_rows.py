@@ -1,0 +1,67 @@
+"""Tokens that a lossy rung keeps exactly: a conversation's first ones, and the snapshot's most recent ones.
+
+Every query looks at the first positions (attention sinks, arXiv 2309.17453), whose keys and values are unlike all
+others; the most recent ones matter most for what comes next. How many of a block are exact stands in the block, so
+that it decodes alike in every snapshot that holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from services.model_runner.codecs.base import Array, BlockLayer, BlockLayout, Plane, Reader
+from services.model_runner.codecs.lossless import pack_exact, unpack_exact
+from services.model_runner.engine import DTYPE_BYTES
+
+SINK_TOKENS = 4
+RECENT_TOKENS = 16
+MOST_EXACT = 255
+
+
+def recent_in(layout: BlockLayout, seen_tokens: int, recent_tokens: int = RECENT_TOKENS) -> int:
+    """How many of a block's last tokens are among the snapshot's last ``recent_tokens``."""
+    behind = seen_tokens - (layout.position + layout.tokens)
+    return max(0, min(layout.tokens, recent_tokens - behind))
+
+
+def sinks_in(layout: BlockLayout) -> int:
+    """How many of a block's first tokens are sinks."""
+    return max(0, min(layout.tokens, SINK_TOKENS - layout.position))
+
+
+def pack_rows(planes: Sequence[Plane], layout: BlockLayout, recent: int) -> bytes:
+    """The exact tokens of a block, and how many they are."""
+    first, last = sinks_in(layout), min(recent, layout.tokens, MOST_EXACT)
+    arrays = [
+        array[:, part]
+        for plane, layer in zip(planes, layout.layers, strict=True)
+        for array in plane
+        for part in _parts(layer, layout.tokens, first, last)
+    ]
+    return bytes([first, last]) + pack_exact(arrays)
+
+
+def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane]) -> None:
+    """Read what ``pack_rows`` wrote, into ``planes``. Raises SnapshotRefused."""
+    first, last = reader.take("exact", 2)
+    if max(first, last) > layout.tokens:
+        raise reader.refuse("exact", f"{first} and {last} tokens of {layout.tokens}")
+    targets: list[Array] = [
+        array[:, part]
+        for plane, layer in zip(planes, layout.layers, strict=True)
+        for array in plane
+        for part in _parts(layer, layout.tokens, first, last)
+    ]
+    found = unpack_exact(reader, [target.shape for target in targets], DTYPE_BYTES[layout.dtype])
+    for target, array in zip(targets, found, strict=True):
+        if target.size:
+            np.copyto(target, array.view(target.dtype))
+
+
+def _parts(layer: BlockLayer, tokens: int, first: int, last: int) -> tuple[slice, slice]:
+    """The first and the last exact tokens as this layer holds them: its rows are the block's last ones."""
+    missing = tokens - layer.tokens
+    held_first = max(0, first - missing)
+    return slice(0, held_first), slice(max(held_first, layer.tokens - last), layer.tokens)
