@@ -43,7 +43,7 @@ class NumericsFingerprint(msgspec.Struct, frozen=True):
 
 
 class StateLayout(msgspec.Struct, frozen=True):
-    """One array of a recurrent layer, C order."""
+    """One array of a layer's recurrent part, C order."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -114,7 +114,7 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True):
     """Sum of the chunks' sizes."""
     chunks: list[ChunkRef]
     states: list[list[StateLayout]] = []
-    """The arrays of each recurrent layer, an empty list for any other layer; empty when no layer is recurrent."""
+    """The arrays of each layer's recurrent part, an empty list for a layer without one; empty when no layer has one."""
 
 
 class SignedManifest(msgspec.Struct):

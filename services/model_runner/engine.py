@@ -12,6 +12,7 @@ Importing this module imports no tensor library.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class StateSpec:
     shape: tuple[int, ...]
     dtype: str
     """A key of ``STORAGE_DTYPES``; often float32 in a model of another dtype, since errors add up in it."""
+    name: str = ""
+    """The engine's own word for it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the array."""
+        return math.prod(self.shape) * STORAGE_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,19 @@ class LayerSpec:
     kind: LayerKind
     """``full`` keeps every position; ``sliding`` the last ``window_tokens - 1``, which with the pending token's
     own make a window; ``recurrent`` (linear attention, short convolutions, Mamba) none of them, but ``states`` that
-    all of them have gone into, and that cannot be taken back to an earlier position."""
+    all of them have gone into, and that cannot be taken back to an earlier position. A layer that keeps nothing is
+    ``full``, with no KV heads."""
     kv_heads: int
     head_dim: int
     window_tokens: int = 0
     """Positions a query of a sliding layer sees, itself included; 0 for any other."""
     states: tuple[StateSpec, ...] = ()
-    """Of a recurrent layer, which has no KV heads."""
+    """Of a recurrent layer, which has no KV heads, or of one that has such a part beside its attention."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all ``states``, whatever the length."""
+        return sum(state.size_bytes for state in self.states)
 
     def held_tokens(self, seen_tokens: int) -> int:
         """Positions this layer holds once ``seen_tokens`` have been written to it."""
@@ -83,6 +97,11 @@ class ModelSpec:
         """Bytes of keys and values that one position takes while no window is full."""
         return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all recurrent states of a conversation, whatever its length."""
+        return sum(layer.state_bytes for layer in self.layers)
+
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -107,7 +126,7 @@ class LayerState:
     seen_tokens: int
     """Positions ever written to the layer; more than it holds when a sliding window has moved on."""
     states: tuple[npt.NDArray[Any], ...] = ()
-    """Of a recurrent layer: as ``LayerSpec.states`` says."""
+    """As ``LayerSpec.states`` says; zeros when nothing has been written."""
 
     @property
     def planes(self) -> tuple[npt.NDArray[Any], ...]:
@@ -116,7 +135,7 @@ class LayerState:
 
     def prefix(self, spec: LayerSpec, tokens: int) -> LayerState | None:
         """As it was after the first ``tokens`` positions, as views; None when it has not all of them any more."""
-        if spec.kind == "recurrent":
+        if spec.states:  # What has gone into a state does not come out of it again.
             return self if tokens == self.seen_tokens else None
         first_held = self.seen_tokens - self.keys.shape[1]
         start, end = tokens - spec.held_tokens(tokens) - first_held, tokens - first_held
@@ -174,7 +193,7 @@ class Engine(ABC):
             2 * layer.kv_heads * layer.head_dim * layer.held_tokens(min(tokens, capacity_tokens))
             for layer in self.spec.layers
         )
-        return values * DTYPE_BYTES[self.spec.dtype]
+        return values * DTYPE_BYTES[self.spec.dtype] + self.spec.state_bytes
 
     @abstractmethod
     def prefill(
@@ -215,6 +234,8 @@ class Engine(ABC):
         None when they are not held any more, because a sliding window has moved past them or a recurrent state has
         taken in more. Raises as ``new_cache``.
         """
+        if tokens != cache.length and self.spec.state_bytes:
+            return None
         prefix = [
             layer.prefix(spec, tokens) for layer, spec in zip(self.export_layers(cache), self.spec.layers, strict=True)
         ]

@@ -1,4 +1,5 @@
-"""Preallocated KV caches for transformers models: one layer class for full attention, one for sliding windows.
+"""Preallocated KV caches for transformers models: layer classes for full attention, for sliding windows, and for what
+is recurrent, alone or beside attention.
 
 transformers' own dynamic cache concatenates at every step, which copies the whole cache once a token. These layers
 write into storage that grows by doubling, and hand out views. A layer's storage is laid out (1, kv_heads, capacity,
@@ -10,13 +11,18 @@ strides that the uninterrupted one has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 from protocol.errors import ModelError
 from services.model_runner.engine import PREFILL_CHUNK_TOKENS, KVCache, LayerSpec
+
+CONV, RECURRENT = "conv", "recurrent"
+"""How the states of transformers' recurrent layers are called; several of a kind have a number after a dot."""
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _FIRST_TOKENS = 2 * PREFILL_CHUNK_TOKENS
 """Positions first allocated: enough for a short exchange, so that it never grows."""
@@ -32,6 +38,8 @@ def allocated_tokens(held: int, capacity: int) -> int:
 
 def layer_tokens(spec: LayerSpec, tokens: int, capacity: int) -> int:
     """Positions that a layer has storage for once it has held ``tokens``."""
+    if spec.kind == "recurrent":
+        return 0
     if spec.kind == "full":
         return allocated_tokens(tokens, capacity)
     first = allocated_tokens(0, capacity)
@@ -39,7 +47,7 @@ def layer_tokens(spec: LayerSpec, tokens: int, capacity: int) -> int:
 
 
 class _Layer(CacheLayerMixin):
-    """What both kinds share: storage, its growth, and the figures that transformers asks for."""
+    """What attention of both kinds shares: storage, its growth, and the figures that transformers asks for."""
 
     is_sliding = False
     supports_early_init = False
@@ -52,6 +60,7 @@ class _Layer(CacheLayerMixin):
         self.device = device
         self.seen_tokens = 0
         self.is_initialized = True
+        self.recurrent = _states(spec, device)
         self._allocate(allocated_tokens(0, capacity_tokens))
 
     def _allocate(self, tokens: int) -> None:
@@ -69,12 +78,48 @@ class _Layer(CacheLayerMixin):
         """Views of the keys and values held, (kv_heads, tokens, head_dim)."""
         raise NotImplementedError
 
-    def restore(self, keys: torch.Tensor, values: torch.Tensor, seen_tokens: int) -> None:
-        """Copy in keys and values of shape (kv_heads, tokens, head_dim); the layer must be empty."""
+    def states(self) -> list[torch.Tensor]:
+        """The recurrent states, as ``LayerSpec.states`` says."""
+        found = []
+        for state in self.spec.states:
+            assert self.recurrent is not None
+            kind, index = _place(state.name)
+            tensor = (self.recurrent.conv_states if kind == CONV else self.recurrent.recurrent_states)[index]
+            assert tensor is not None
+            found.append(tensor[0])
+        return found
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory of its storage."""
+        states = sum(state.nbytes for state in self.states()) if self.recurrent else 0
+        return self.key_storage.nbytes + self.value_storage.nbytes + states
+
+    def release(self) -> None:
+        """Give its storage back."""
+        self.key_storage = self.value_storage = self.key_storage.new_empty(0)
+        self.recurrent = None
+
+    def advance(self, end: int) -> None:
+        """The model has read the positions before ``end``; layers that keep them have counted themselves."""
+
+    def restore(
+        self, keys: torch.Tensor, values: torch.Tensor, states: Sequence[torch.Tensor], seen_tokens: int
+    ) -> None:
+        """Copy in keys and values of shape (kv_heads, tokens, head_dim), and states; the layer must be empty."""
         tokens = keys.shape[1]
         self.reserve(tokens)
         self.update(keys.unsqueeze(0), values.unsqueeze(0))
+        self._restore_states(states, seen_tokens)
         self.seen_tokens = seen_tokens
+
+    def _restore_states(self, states: Sequence[torch.Tensor], seen_tokens: int) -> None:
+        if self.recurrent is None:
+            return
+        for own, state in zip(self.states(), states, strict=True):
+            own.copy_(state)
+        for index in self.recurrent.has_previous_state:
+            self.recurrent.has_previous_state[index] = seen_tokens > 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: storage is there from the start."""
@@ -167,6 +212,69 @@ class SlidingLayer(_Layer):
         return held + query_length, self.seen_tokens - held
 
 
+class RecurrentLayer(_Layer):
+    """Keeps states alone, or (``full`` without KV heads) nothing at all; it counts the positions that it is told of."""
+
+    def reserve(self, new_tokens: int) -> None:
+        pass
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("a layer that keeps no keys and values was given some")
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        empty = self.key_storage.new_empty((0, self.spec.held_tokens(self.seen_tokens), 0))
+        return empty, empty
+
+    def restore(
+        self, _keys: torch.Tensor, _values: torch.Tensor, states: Sequence[torch.Tensor], seen_tokens: int
+    ) -> None:
+        self._restore_states(states, seen_tokens)
+        self.seen_tokens = seen_tokens
+
+    def advance(self, end: int) -> None:
+        self.seen_tokens = end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+
+def _states(spec: LayerSpec, device: torch.device) -> LinearAttentionLayer | None:
+    """Where a layer's recurrent states are: written by transformers' own code, and allocated here at once, since they
+    have one shape at every length. Until the first position they count as absent, which is not the same as zeros to
+    every model."""
+    if not spec.states:
+        return None
+    made: Any = LinearAttentionLayer(number_of_states=1 + max(_place(state.name)[1] for state in spec.states))
+    made.device = device
+    for state in spec.states:
+        kind, index = _place(state.name)
+        zeros = torch.zeros((1, *state.shape), dtype=TORCH_DTYPES[state.dtype], device=device)
+        if kind == CONV:
+            made.dtype = zeros.dtype
+            made.conv_states[index] = zeros
+            made.conv_kernel_size[index] = state.shape[-1]
+            made.is_conv_states_initialized[index] = True
+        else:
+            made.recurrent_states[index] = zeros
+            made.is_recurrent_states_initialized[index] = True
+    found: LinearAttentionLayer = made
+    return found
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Kind and number of a state: ``conv.0``, ``recurrent.0``."""
+    kind, _, number = name.partition(".")
+    return kind, int(number)
+
+
+def _layer_class(spec: LayerSpec) -> type[_Layer]:
+    if spec.kind == "recurrent" or not spec.kv_heads:
+        return RecurrentLayer
+    return SlidingLayer if spec.kind == "sliding" else FullLayer
+
+
 class _ModelCache(Cache):
     """transformers' view of the layers."""
 
@@ -183,6 +291,52 @@ class _ModelCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._own[layer_idx].seen_tokens
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        layer = self._own[layer_idx]
+        if not layer.spec.kv_heads:  # Asked for layer 0 when what is meant is the first one with attention.
+            layer = next((each for each in self._own if each.spec.kv_heads), layer)
+        return layer.get_mask_sizes(query_length)
+
+    # What the base class asks of layers of its own classes, here of any layer that has recurrent states.
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [layer.spec.kind == "recurrent" for layer in self._own]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [not layer.spec.kv_heads and layer.recurrent is None for layer in self._own]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        found = self._recurrent(layer_idx)
+        return found.conv_states[state_idx] if found.has_previous_state[state_idx] else None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        found = self._recurrent(layer_idx)
+        return found.recurrent_states[state_idx] if found.has_previous_state[state_idx] else None
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self._recurrent(layer_idx).update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self._recurrent(layer_idx).update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is None:
+            layer_idx = max(index for index, layer in enumerate(self._own) if layer.recurrent is not None)
+        found = self._recurrent(layer_idx).has_previous_state
+        return all(found.values()) if state_idx is None else found[state_idx]
+
+    def _recurrent(self, layer_idx: int) -> LinearAttentionLayer:
+        found = self._own[layer_idx].recurrent
+        if found is None:
+            raise ValueError(f"layer {layer_idx} has no recurrent state")
+        return found
+
 
 class TorchKVCache(KVCache):
     """One conversation's cache: a list of layers, and the object that transformers models write to."""
@@ -191,10 +345,7 @@ class TorchKVCache(KVCache):
         self, specs: tuple[LayerSpec, ...], capacity_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.capacity_tokens = capacity_tokens
-        self.layers: list[_Layer] = [
-            (SlidingLayer if spec.kind == "sliding" else FullLayer)(spec, capacity_tokens, dtype, device)
-            for spec in specs
-        ]
+        self.layers: list[_Layer] = [_layer_class(spec)(spec, capacity_tokens, dtype, device) for spec in specs]
         self.model_cache = _ModelCache(self.layers)
         self._broken = False
 
@@ -204,12 +355,17 @@ class TorchKVCache(KVCache):
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(layer.key_storage.nbytes + layer.value_storage.nbytes for layer in self.layers)
+        return sum(layer.allocated_bytes for layer in self.layers)
 
     def close(self) -> None:
         self._broken = True
         for layer in self.layers:
-            layer.key_storage = layer.value_storage = layer.key_storage.new_empty(0)
+            layer.release()
+
+    def advance(self, end: int) -> None:
+        """The model has read the positions before ``end``."""
+        for layer in self.layers:
+            layer.advance(end)
 
     def reserve(self, new_tokens: int) -> None:
         """Make room in every layer. Raises ModelError when an earlier failure left this cache half written."""

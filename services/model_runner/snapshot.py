@@ -1,8 +1,8 @@
 """The raw, exact codec: a generation state to a manifest and chunks, and back, bit for bit.
 
 The chunks are one stream, cut every 512 KiB: for each layer its keys, then its values, each (kv_heads, tokens,
-head_dim) in C order, little-endian, as the manifest's layouts say. Nothing is pickled; sizes are checked against the
-model, and against each other, before anything is allocated from them.
+head_dim), then its recurrent states, all in C order, little-endian, as the manifest's layouts say. Nothing is pickled;
+sizes are checked against the model, and against each other, before anything is allocated from them.
 
 The token ids are always in the manifest, so a node whose numerics differ reads them again instead of using the KV.
 """
@@ -134,6 +134,7 @@ def describe(engine: Engine, copied: Copied) -> Packed:
         fingerprint=engine.fingerprint,
         kv_dtype=engine.spec.dtype,
         layers=_layouts(engine.spec, len(copied.tokens) - 1),
+        states=_states(engine.spec),
         codec=CODEC,
         codec_params={},
         cached_tokens=len(copied.tokens) - 1,

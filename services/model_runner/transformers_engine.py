@@ -1,4 +1,5 @@
-"""The reference engine: any causal language model that transformers can load, on torch, on a CPU or a CUDA GPU.
+"""The reference engine: any causal language model that transformers can load and whose cache can be read
+(model_trial.py), on torch, on a CPU or a CUDA GPU.
 
 What it adds to the stock model: a preallocated cache (kv_cache.py), attention that is fast on a CPU (attention.py),
 a dtype chosen for the hardware, and matrix products that are fast on CPUs without bfloat16 instructions.
@@ -15,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from protocol.errors import ContextOverflow, ModelError, ModelUnavailable
 from protocol.manifest import NumericsFingerprint
@@ -26,7 +26,6 @@ from services.model_runner.engine import (
     STORAGE_DTYPES,
     Engine,
     KVCache,
-    LayerSpec,
     LayerState,
     Logits,
     ModelSpec,
@@ -35,8 +34,9 @@ from services.model_runner.engine import (
     chunk_ends,
     chunk_schedule,
 )
-from services.model_runner.fast_decode import FastDecode
-from services.model_runner.kv_cache import TorchKVCache, layer_tokens
+from services.model_runner.fast_decode import FAMILIES, FastDecode
+from services.model_runner.kv_cache import TORCH_DTYPES, TorchKVCache, layer_tokens
+from services.model_runner.model_trial import FAILURES, Kept, Settled, cache_of, settle, unusable
 from services.model_runner.products import has_bf16_products, upcast_linears
 
 MAX_BATCH = 8
@@ -45,7 +45,8 @@ batch does not take much longer than a step."""
 
 _loading = threading.Lock()
 """from_pretrained changes torch.nn.init and the default dtype for its time: two at once leave them changed for good."""
-_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+NO_CONTEXT_TOKENS = 32_768
+"""Positions that a conversation may have where the model itself sets no limit."""
 
 
 class DtypeChoice(NamedTuple):
@@ -80,55 +81,31 @@ def instruction_set() -> str:
     return "+".join([base, *sorted(words & {"avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve"})])
 
 
-def layer_specs(config: PretrainedConfig) -> tuple[LayerSpec, ...]:
-    """The kind and shape of each layer's cache, as transformers itself would make it for ``config``.
-
-    Raises ModelUnavailable for layers that are neither full nor sliding attention.
-    """
-    text: Any = config.get_text_config(decoder=True)
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = list(DynamicCache(config=text).layers) or [DynamicLayer() for _ in range(text.num_hidden_layers)]
-    specs = []
-    for index, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            specs.append(LayerSpec("sliding", kv_heads, head_dim, int(layer.sliding_window)))
-        elif type(layer) is DynamicLayer:
-            specs.append(LayerSpec("full", kv_heads, head_dim))
-        else:
-            raise ModelUnavailable(
-                f"loading a model of type {text.model_type}: layer {index} keeps a {type(layer).__name__}, and this "
-                "engine keeps full and sliding-window attention only",
-                hint="use a model of plain or sliding-window attention",
-                reason="unsupported layer",
-            )
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise ModelUnavailable(
-            f"loading a model of type {text.model_type}: its attention scores are soft-capped, which this engine's "
-            "attention does not compute",
-            hint="use a model without attn_logit_softcapping",
-            reason="unsupported attention",
-        )
-    return tuple(specs)
-
-
 class TransformersEngine(Engine):
     """One model on torch. Made by ``load``, or from a model that is already in memory."""
 
-    def __init__(self, model: PreTrainedModel, spec: ModelSpec, *, threads: int) -> None:
+    def __init__(self, model: PreTrainedModel, spec: ModelSpec, kept: Kept, *, threads: int) -> None:
         self.spec = spec
         self._model = model
+        self._cache_argument = kept.argument
+        self._chunks_whole = True
+        """Whether a chunk goes on from what was read before; else only the first is read at once."""
         self._decoder = model.get_decoder()
         self._device = model.device
         self._fast_decode = FastDecode.of(model)
         if self._fast_decode is not None and self._fast_decode.batches:
             self.max_batch = MAX_BATCH
-        self._dtype = _TORCH_DTYPES[spec.dtype]
+        self._dtype = TORCH_DTYPES[spec.dtype]
         self._threads = threads
+        version = f"torch {torch.__version__} transformers {transformers.__version__}"
+        if type(model) not in FAMILIES:
+            settled = self._settle()
+            self._chunks_whole = settled.chunks_whole
+            version += f" {settled}"
         cuda = self._device.type == "cuda"
         self.fingerprint = NumericsFingerprint(
             engine="transformers",
-            engine_version=f"torch {torch.__version__} transformers {transformers.__version__}",
+            engine_version=version,
             device=torch.cuda.get_device_name(self._device) if cuda else "cpu",
             instruction_set=instruction_set(),
             dtype=spec.dtype,
@@ -179,18 +156,20 @@ class TransformersEngine(Engine):
                 reason="no GPU",
             )
         choice = choose_dtype(target) if dtype == "auto" else DtypeChoice(dtype, "set by configuration")
-        if choice.dtype not in _TORCH_DTYPES:
+        if choice.dtype not in TORCH_DTYPES:
             raise ModelUnavailable(
                 f"loading {folder.name}: {choice.dtype!r} is no dtype of this engine",
-                hint=f"use auto or one of {', '.join(_TORCH_DTYPES)}",
+                hint=f"use auto or one of {', '.join(TORCH_DTYPES)}",
                 field="dtype",
                 reason="unknown dtype",
             )
         if threads:
             torch.set_num_threads(threads)
-        model = _load_model(folder, gguf_file, _TORCH_DTYPES[choice.dtype], target)
-        spec = model_spec(model, name or folder.name, choice, model_digests(folder, gguf_file, cache_dir))
-        return cls(model, spec, threads=torch.get_num_threads())
+        model = _load_model(folder, gguf_file, TORCH_DTYPES[choice.dtype], target)
+        with torch.inference_mode():
+            kept = cache_of(model, choice.dtype)
+        spec = model_spec(model, kept, name or folder.name, choice, model_digests(folder, gguf_file, cache_dir))
+        return cls(model, spec, kept, threads=torch.get_num_threads())
 
     def new_cache(self, capacity_tokens: int) -> TorchKVCache:
         if not 0 < capacity_tokens <= self.spec.context_tokens:
@@ -205,9 +184,16 @@ class TransformersEngine(Engine):
             return TorchKVCache(self.spec.layers, capacity_tokens, self._dtype, self._device)
 
     def cache_bytes(self, tokens: int, capacity_tokens: int) -> int:
-        return sum(
-            2 * layer.kv_heads * layer.head_dim * layer_tokens(layer, tokens, capacity_tokens) * self._dtype.itemsize
-            for layer in self.spec.layers
+        return (
+            sum(
+                2
+                * layer.kv_heads
+                * layer.head_dim
+                * layer_tokens(layer, tokens, capacity_tokens)
+                * self._dtype.itemsize
+                for layer in self.spec.layers
+            )
+            + self.spec.state_bytes
         )
 
     def prefill(
@@ -260,7 +246,10 @@ class TransformersEngine(Engine):
         states = []
         for layer in own.layers:
             keys, values = (_to_numpy(tensor, self.spec.dtype) for tensor in layer.held())
-            states.append(LayerState(layer.spec.kind, self.spec.dtype, keys, values, layer.seen_tokens))
+            recurrent = tuple(
+                _to_numpy(tensor, state.dtype) for tensor, state in zip(layer.states(), layer.spec.states, strict=True)
+            )
+            states.append(LayerState(layer.spec.kind, self.spec.dtype, keys, values, layer.seen_tokens, recurrent))
         return states
 
     def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> TorchKVCache:
@@ -269,7 +258,11 @@ class TransformersEngine(Engine):
         with torch.inference_mode(), self._memory_errors("restoring a KV cache", seen):
             for layer, state in zip(cache.layers, layers, strict=True):
                 keys, values = (_from_numpy(array, self._dtype) for array in (state.keys, state.values))
-                layer.restore(keys, values, state.seen_tokens)
+                recurrent = [
+                    _from_numpy(array, TORCH_DTYPES[own.dtype])
+                    for array, own in zip(state.states, layer.spec.states, strict=True)
+                ]
+                layer.restore(keys, values, recurrent, state.seen_tokens)
         return cache
 
     def _own(self, cache: KVCache) -> TorchKVCache:
@@ -282,8 +275,26 @@ class TransformersEngine(Engine):
         return cache
 
     def _forward(self, module: torch.nn.Module, cache: TorchKVCache, tokens: Sequence[int], **kwargs: Any) -> Any:
-        ids = torch.tensor([list(tokens)], dtype=torch.long, device=self._device)
-        return module(input_ids=ids, past_key_values=cache.model_cache, use_cache=True, **kwargs)
+        at_once = len(tokens) if self._chunks_whole or cache.length == 0 else 1
+        for start in range(0, len(tokens), at_once):
+            part = tokens[start : start + at_once]
+            end = cache.length + len(part)
+            ids = torch.tensor([list(part)], dtype=torch.long, device=self._device)
+            found = module(input_ids=ids, use_cache=True, **{self._cache_argument: cache.model_cache}, **kwargs)
+            cache.advance(end)
+        return found
+
+    def _settle(self) -> Settled:
+        """How a model that no test of ours holds is to be run. Raises ModelUnavailable."""
+
+        def read(cache: TorchKVCache, tokens: Sequence[int], chunks_whole: bool) -> torch.Tensor:
+            self._chunks_whole = chunks_whole
+            cache.reserve(len(tokens))
+            logits: torch.Tensor = self._forward(self._model, cache, tokens).logits[0, -1].float()
+            return logits
+
+        with torch.inference_mode():
+            return settle(self._model, self.spec, lambda: self.new_cache(min(64, self.spec.context_tokens)), read)
 
     @contextlib.contextmanager
     def _appending(self, caches: Sequence[TorchKVCache], count: int) -> Iterator[None]:
@@ -308,12 +319,8 @@ class TransformersEngine(Engine):
         """One step, so that a model whose layers are not what its configuration says is refused here."""
         try:
             self.step(self.new_cache(1), 0)
-        except (RuntimeError, TypeError, ValueError, ModelError) as error:
-            raise ModelUnavailable(
-                f"trying {self.spec.name} with one token: {error}",
-                hint="this model's layers are not what this engine can cache; use another",
-                reason="unsupported model",
-            ) from error
+        except FAILURES as error:
+            raise unusable(self._model, f"one token: {error}", "unsupported model") from error
 
     @contextlib.contextmanager
     def _memory_errors(self, doing: str, tokens: int) -> Iterator[None]:
@@ -344,7 +351,7 @@ def _naming(index: int, batch: Sequence[object]) -> Iterator[None]:
         raise
 
 
-def model_spec(model: PreTrainedModel, name: str, choice: DtypeChoice, digests: Any) -> ModelSpec:
+def model_spec(model: PreTrainedModel, kept: Kept, name: str, choice: DtypeChoice, digests: Any) -> ModelSpec:
     """What ``model`` is, for conversations and snapshots."""
     text: Any = model.config.get_text_config(decoder=True)
     eos: set[int] = set()
@@ -353,14 +360,29 @@ def model_spec(model: PreTrainedModel, name: str, choice: DtypeChoice, digests: 
         eos.update([ids] if isinstance(ids, int) else ids or [])
     return ModelSpec(
         name=name,
-        layers=layer_specs(model.config),
+        layers=kept.layers,
         vocab_size=int(text.vocab_size),
-        context_tokens=int(text.max_position_embeddings),
+        context_tokens=_context_tokens(text),
         eos_token_ids=frozenset(eos),
         dtype=choice.dtype,
         dtype_reason=choice.reason,
         digests=digests,
     )
+
+
+def _context_tokens(text: Any) -> int:
+    """Positions that a model was made for; a recurrent one may name none."""
+    names = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
+    return next((int(getattr(text, name)) for name in names if getattr(text, name, None)), NO_CONTEXT_TOKENS)
+
+
+def _attention(folder: Path, gguf_file: str) -> str:
+    """Which attention to load with: that of the families we know, or the plainest, which every model has."""
+    if gguf_file:
+        return attention.NAME
+    model_type = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
+    known = {family.config_class.model_type for family in FAMILIES if family.config_class is not None}
+    return attention.NAME if model_type in known else "eager"
 
 
 def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -372,7 +394,7 @@ def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation=_attention(folder, gguf_file),
                 local_files_only=True,
                 trust_remote_code=False,
                 **source,

@@ -181,17 +181,6 @@ def test_a_real_allocation_failure_is_told_as_out_of_memory(engine: Transformers
         torch.empty(2**59)
 
 
-def test_soft_capped_attention_is_refused_at_load(small_models: dict[str, Path], tmp_path: Path) -> None:
-    config = transformers.Gemma2Config(
-        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((small_models["llama"] / "tokenizer.json").read_bytes())
-    with pytest.raises(ModelUnavailable, match="soft-capped"):
-        load(tmp_path)
-
-
 def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ModelUnavailable, match="no safetensors weights"):
         load(tmp_path)
