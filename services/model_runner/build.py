@@ -28,6 +28,7 @@ from protocol.errors import ModelUnavailable
 _OPTIONS = ["windowed_kv_cache=false", "fuse_mlp_gate_up=true"]
 """Sliding layers take and give all positions, as full ones do: what an engine keeps of them is its own affair. Gate
 and up projection in one product make a step a tenth shorter."""
+_KINDS = {"full_attention", "sliding_attention"}
 _COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers", "mindstream")
 
@@ -48,6 +49,7 @@ def build(source: Path, folder: Path, precision: str, provider: str, check: bool
     place: tuple[Any, ...] = ("", str(source), str(graph), "fp32" if rounded else precision, provider, str(scratch))
     try:
         options = parse_extra_options(*place, _OPTIONS)
+        _attention_only(options["hf_details"]["hf_config"], architecture)
         _one_rope_base(options["hf_details"]["hf_config"])
         create_model(*place, **options)
     except NotImplementedError as error:
@@ -84,6 +86,19 @@ def build(source: Path, folder: Path, precision: str, provider: str, check: bool
             measured=measured,
         )
     )
+
+
+def _attention_only(config: Any, architecture: str) -> None:
+    """The builder knows some recurrent layers; the onnx engine keeps keys and values alone. Raises ModelUnavailable."""
+    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - _KINDS
+    if kinds:
+        raise ModelUnavailable(
+            f"building {architecture}: it has layers of kind {', '.join(sorted(kinds))}, and the onnx engine keeps keys "
+            "and values of full and sliding-window attention alone",
+            hint="run it on the transformers engine",
+            field="model.name",
+            reason="unsupported layers",
+        )
 
 
 def _one_rope_base(config: Any) -> None:

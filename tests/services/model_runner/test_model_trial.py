@@ -263,6 +263,15 @@ def test_what_cannot_be_kept_is_refused_with_the_reason(name: str, load: Load) -
     assert name in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "falcon_h1"])
+def test_recurrent_layers_are_not_built_for_onnx(name: str, models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: make install (extra `build`)")
+    from services.model_runner.build import build
+
+    with pytest.raises(ModelUnavailable, match="has layers of kind"):
+        build(models / name, tmp_path, "int8", "cpu", False, lambda _said: None)
+
+
 def test_a_model_that_answers_wrongly_from_its_cache_is_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
