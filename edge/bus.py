@@ -2,7 +2,8 @@
 
 paho's network thread decodes what comes and puts it into a bounded inbox; one handler thread calls the
 handlers; a message is acknowledged when its handler has returned, or when the Deferred that it returned is
-set. Answers to asks are resolved by the network thread at once. Nothing is dropped without a counter.
+set. Answers to asks are resolved by the network thread at once, and it calls the handlers of ``hear_at_once``
+itself. Nothing is dropped without a counter.
 
 A handler must not ask: its own answer could wait behind messages that wait for the handler. Return a Deferred
 and ask from a worker.
@@ -30,6 +31,7 @@ from edge.asks import PendingAsks
 from edge.connection import Connection, Listener
 from edge.counters import Counters, Events
 from edge.dispatch import Deferred, Dispatcher
+from edge.hearings import Hearing
 from edge.journal import CommandJournal
 from edge.mqtt_client import Packed
 from edge.mqtt_version import AUTO
@@ -317,7 +319,19 @@ class Bus:
                 returns the answer: a struct, an error of the tree, or a Deferred; for a batch a list of them.
             names: fix levels of the topic; any name otherwise. Asks to this node only, always.
         """
-        hearing = self._dispatch.hearings.hear(struct, handler, batch, names)
+        return self._hear(self._dispatch.hearings.hear(struct, handler, batch, names))
+
+    def hear_at_once(
+        self, struct: type[msgspec.Struct], handler: Callable[[Received], None], **names: str
+    ) -> Callable[[], None]:
+        """Like hear(), on the network thread, without the way through the inbox and its thread.
+
+        For a handler that only hands over to somewhere else, and neither waits nor asks. What it raises is counted
+        and logged, and the message is gone. Not for asks.
+        """
+        return self._hear(self._dispatch.hearings.hear(struct, handler, 1, names, at_once=True))
+
+    def _hear(self, hearing: Hearing) -> Callable[[], None]:
         if self._started:
             self._connection.subscribe([hearing.filter])
 

@@ -155,10 +155,22 @@ class Dispatcher:
             return
         if message is not None:
             message.retained = retained
+            if hearing is not None and hearing.at_once and not watchers:
+                self._call_at_once(hearing, message)
+                self.ledger.settle(ticket)
+                return
         arrival = Arrival(ticket, name, payload, hearing, message, redelivered=redelivered, watchers=watchers)
         if not self.inbox.offer(arrival, len(payload), wait=packet_id > 0) and not packet_id:
             self._counters.add("dropped.queue_full")
         # A refused QoS 1 message (the inbox is closing) stays unacknowledged: it comes again.
+
+    def _call_at_once(self, hearing: Hearing, message: Received) -> None:
+        try:
+            hearing.handler(message)
+            self._counters.add("handled")
+        except Exception:
+            self._counters.add("failed.handler")
+            log.exception("a handler of %s failed on %s", self._source, message.type)
 
     # --- on the handler thread ----------------------------------------------------------------------------
 

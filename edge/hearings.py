@@ -38,6 +38,8 @@ class Hearing:
     """Levels of the topic that are fixed."""
     filter: str
     """MQTT filter to subscribe to."""
+    at_once: bool = False
+    """Its handler is called on the network thread: it must not wait, and what it fails on is gone."""
     speakers: deque[set[str]] = field(default_factory=lambda: deque(maxlen=2))
     """Who spoke in the last two calls of a batch handler: those of one wait while the other is carried out."""
     call_s: float = 0.0
@@ -93,13 +95,25 @@ class Hearings:
         self._changing = threading.Lock()
 
     def hear(
-        self, struct: type[msgspec.Struct], handler: Callable[..., Any], batch: int, names: dict[str, str]
+        self,
+        struct: type[msgspec.Struct],
+        handler: Callable[..., Any],
+        batch: int,
+        names: dict[str, str],
+        *,
+        at_once: bool = False,
     ) -> Hearing:
         """Add a hearing. Raises BusError when one for the same messages is there: only one could answer."""
         row = row_of(struct)
         if row.ask is not None:
+            if at_once:
+                raise BusError(
+                    f"hearing {row.type} on {self._source}: an ask is answered by way of the inbox",
+                    hint="use hear()",
+                    type=row.type,
+                )
             names = {"target": self._node, "service": row.ask.service, "verb": row.ask.verb, **names}
-        hearing = Hearing(row, handler, batch, names, row.topic.filter(**names))
+        hearing = Hearing(row, handler, batch, names, row.topic.filter(**names), at_once)
         with self._changing:
             others = self._hearings.get(row.type, ())
             if any(other.filter == hearing.filter for other in others):

@@ -6,7 +6,6 @@ Times are taken where tokens arrive, in this process; so the scheduler, sampling
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.endpoint import stream_chat
 from bench.engines.options import Options
 from bench.report import Figures, Progress
 from broker.child import spawn
@@ -195,28 +195,8 @@ def _direct(node: Node, text: str, count: int) -> tuple[int, float]:
 
 def _chat(node: Node, text: str, count: int) -> tuple[int, float]:
     """Tokens and seconds of a streamed chat completion; the stream is read to its end."""
-    body = {
-        "model": node.model,
-        "messages": [{"role": "user", "content": text}],
-        "max_tokens": count,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    started = time.perf_counter()
-    connection = http.client.HTTPConnection("127.0.0.1", node.port, timeout=ANSWER_MS / 1000)
-    with contextlib.closing(connection):
-        headers = {"Authorization": f"Bearer {node.token}", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise MindstreamError(f"asking the endpoint: {response.status} {response.read()[:500]!r}")
-        tokens = 0
-        for line in response:
-            if line.startswith(b"data: {"):
-                usage = json.loads(line[6:]).get("usage")
-                tokens = usage["completion_tokens"] if usage else tokens
-    return tokens, time.perf_counter() - started
+    seconds, tokens = stream_chat(node.port, node.token, node.model, text, count)
+    return tokens, seconds
 
 
 # --- the node ---------------------------------------------------------------------------------------------------

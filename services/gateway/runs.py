@@ -91,7 +91,7 @@ class Runs:
         answer: Future[RunDone] = Future()
         try:
             if tokens and not run.released.is_set():
-                run.stop_hearing.append(self._bus.hear(RunToken, run.hear, node=run.node, run=run.id))
+                run.stop_hearing.append(self._bus.hear_at_once(RunToken, run.hear, node=run.node, run=run.id))
                 self._bus.wait_subscribed(SUBSCRIBE_TIMEOUT_S)
             if run.released.is_set():
                 raise Cancelled(f"asking {run.node}: nobody waits for the answer any more", reason="given up")

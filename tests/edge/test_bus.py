@@ -13,7 +13,7 @@ from broker.base import MAX_INFLIGHT, Broker
 from edge import bus as bus_module
 from edge.bus import Bus
 from protocol import topics
-from protocol.errors import MessageTooLarge, NotConnected, Overloaded, WrongTopic
+from protocol.errors import BusError, MessageTooLarge, NotConnected, Overloaded, WrongTopic
 from protocol.messages import Event, MemoryEntries, MemoryPut, RunToken, ServiceState
 from tests.edge.bus_support import DEADLINE_S, Answers, Child, RawClient, kill_broker, put_envelope, wait_for
 from tests.edge.conftest import OpenBus
@@ -53,6 +53,33 @@ def test_a_handler_hears_only_the_names_it_asked_for(open_bus: OpenBus) -> None:
         speaker.say(token(0), run=run)
     wait_for(lambda: heard, "the token is heard")
     assert heard == ["mine"]
+
+
+def test_a_hearing_at_once_does_not_wait_for_handlers_and_may_fail(open_bus: OpenBus) -> None:
+    heard: list[int] = []
+    release = threading.Event()
+    listener = open_bus("sprout", "listener")
+
+    def hand_over(message: Any) -> None:
+        heard.append(message.data.index)
+        if message.data.index == 1:
+            raise RuntimeError("no place for it")
+
+    listener.hear(Event, lambda _: release.wait(DEADLINE_S))
+    listener.hear_at_once(RunToken, hand_over)
+    listener.wait_subscribed(DEADLINE_S)
+    speaker = open_bus("tomato", "speaker")
+    try:
+        speaker.say(event("hold"), service="speaker")
+        for index in range(MAX_INFLIGHT // 2):  # more would wait behind the event that is not acknowledged
+            speaker.say(token(index), run="r1")
+        wait_for(lambda: len(heard) == MAX_INFLIGHT // 2, "the tokens are heard while a handler is at work")
+        assert heard == list(range(MAX_INFLIGHT // 2))
+        assert listener.counters["failed.handler"] == 1
+    finally:
+        release.set()
+    with pytest.raises(BusError, match="inbox"):
+        listener.hear_at_once(MemoryPut, hand_over)
 
 
 def test_an_ended_hearing_hears_no_more_and_others_go_on(open_bus: OpenBus) -> None:

@@ -83,14 +83,10 @@ def answer(*texts: str) -> Play:
     return play
 
 
-def fail(error: MindstreamError, *texts: str) -> Play:
-    """Says the texts, and then that it failed."""
+def fail(error: MindstreamError) -> Play:
+    """Says that it failed."""
 
-    def play(script: Script, message: Received, deferred: Deferred) -> None:
-        for index, text in enumerate(texts):
-            script.token(message.data, index, text)
-        if texts:
-            time.sleep(1.5)  # tokens and answers come on topics of their own, in any order
+    def play(_script: Script, _message: Received, deferred: Deferred) -> None:
         deferred.set_exception(error)
 
     return play
@@ -123,6 +119,19 @@ class Stage:
         headers = {"Authorization": f"Bearer {read_token(token_file(gateway.config))}"}
         with httpx2.Client(timeout=TIMEOUT_S, verify=arguments.pop("verify", True)) as client:
             return client.post(f"{gateway.url}/chat/completions", json=asked, headers=headers, **arguments)
+
+    def stream(self, gateway: Gateway, on_text: Callable[[str], object]) -> str:
+        """A streamed answer, whole; ``on_text`` is called with what has come so far."""
+        asked = {"model": "script", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+        headers = {"Authorization": f"Bearer {read_token(token_file(gateway.config))}"}
+        url = f"{gateway.url}/chat/completions"
+        found = ""
+        with httpx2.stream("POST", url, json=asked, headers=headers, timeout=TIMEOUT_S) as reply:
+            assert reply.status_code == 200
+            for part in reply.iter_text():
+                found += part
+                on_text(found)
+        return found
 
 
 @pytest.fixture
@@ -183,12 +192,19 @@ def test_an_error_of_the_runner_is_a_status(
 
 def test_an_error_in_mid_stream_is_an_event_and_no_end(stage: Stage) -> None:
     gateway = stage.gateway()
-    stage.script.play = fail(ModelError("it broke"), "one ", "two ")
-    reply = stage.post(gateway, {"stream": True})
-    assert reply.status_code == 200
-    assert texts_of(reply.text) == "one two "
-    assert '"code":"model_error"' in reply.text
-    assert "[DONE]" not in reply.text
+    read = threading.Event()
+
+    def play(script: Script, message: Received, deferred: Deferred) -> None:
+        for index, text in enumerate(("one ", "two ")):
+            script.token(message.data, index, text)
+        read.wait(TIMEOUT_S)
+        deferred.set_exception(ModelError("it broke"))
+
+    stage.script.play = play
+    found = stage.stream(gateway, lambda so_far: read.set() if "two " in so_far else None)
+    assert texts_of(found) == "one two "
+    assert '"code":"model_error"' in found
+    assert "[DONE]" not in found
 
 
 def test_a_runner_that_is_not_ready_or_has_gone_is_told_apart(stage: Stage) -> None:
@@ -217,15 +233,16 @@ def test_a_stream_is_kept_alive_while_the_model_reads(stage: Stage, monkeypatch:
     monkeypatch.setattr(answering, "TICK_S", 0.1)
     monkeypatch.setattr(answering, "HEADERS_S", 0.3)
     gateway = stage.gateway()
+    kept_alive = threading.Event()
 
     def play(script: Script, message: Received, deferred: Deferred) -> None:
-        time.sleep(3.0)
+        kept_alive.wait(TIMEOUT_S)
         answer("hello")(script, message, deferred)
 
     stage.script.play = play
-    reply = stage.post(gateway, {"stream": True})
-    assert reply.text.startswith(": ")
-    assert texts_of(reply.text) == "hello"
+    found = stage.stream(gateway, lambda so_far: kept_alive.set() if so_far.count(": the model") > 1 else None)
+    assert found.startswith(": ")
+    assert texts_of(found) == "hello"
 
 
 # --- clients ----------------------------------------------------------------------------------------------------
@@ -272,23 +289,38 @@ def test_a_head_that_does_not_come_and_one_without_end_are_dropped(
     address = ("127.0.0.1", gateway.config.gateway.port)
     for begun in (b"", b"POST /v1/chat/comp"):
         with socket.create_connection(address, TIMEOUT_S) as slow:
-            slow.sendall(begun)
-            assert _rest(slow) == b""
+            assert _rest(slow, begun) == b""
     assert gateway.bus.counters["dropped.slow_head"] == 2
     with socket.create_connection(address, TIMEOUT_S) as endless:
-        endless.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000)
-        assert _rest(endless)[:12] in (b"HTTP/1.1 400", b"")  # the refusal may be lost in the reset
-    # A whole request, and another on the same connection, are none of that.
-    with httpx2.Client() as client:
-        for _ in range(2):
-            time.sleep(1.6)
-            assert client.get(gateway.url.replace("/v1", "/healthz")).status_code == 200
+        begun = b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000
+        assert _rest(endless, begun)[:12] in (b"HTTP/1.1 400", b"")  # the refusal may be lost in the reset
 
 
-def _rest(connection: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
+def test_a_connection_that_is_idle_between_two_requests_is_kept(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_S", 1.5)
+    gateway = stage.gateway()
+
+    def kept() -> bool:
+        """False also when this test itself took so long with a head that it was dropped for it."""
+        with socket.create_connection(("127.0.0.1", gateway.config.gateway.port), TIMEOUT_S) as connection:
+            try:
+                for idle_s in (0.0, 2 * server.HEAD_S):
+                    time.sleep(idle_s)
+                    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    if not connection.recv(65_536).startswith(b"HTTP/1.1 200 "):
+                        return False
+            except ConnectionError:
+                return False
+        return True
+
+    wait_for(kept, "it was dropped", TIMEOUT_S)
+
+
+def _rest(connection: socket.socket, sent: bytes) -> bytes:
+    """All that comes after ``sent``, until the other side closes, which it may do before all is sent."""
     found = b""
     try:
+        connection.sendall(sent)
         while part := connection.recv(65_536):
             found += part
     except ConnectionError:
