@@ -199,7 +199,10 @@ def application(
         assert isinstance(error, HTTPException)
         text = f"{request.method} {request.url.path[:200]}: {error.detail}; there are /v1/models, /v1/chat/completions,"
         text += " /v1/completions and /v1/embeddings"
-        return refused(request, ApiError(error.status_code, text, code="not_found"))
+        code = "wrong_method" if error.status_code == 405 else "not_found"
+        response = refused(request, ApiError(error.status_code, text, code=code))
+        response.headers.update(error.headers or {})  # Allow, of 405
+        return response
 
     def unexpected(_request: Request, _error: Exception) -> Response:
         counters.add("failed.request")

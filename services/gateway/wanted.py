@@ -291,6 +291,10 @@ def _schema(response_format: dict[str, Any] | None) -> str:
 
 def _prompts(prompt: str | list[Any]) -> list[Any]:
     """A text, several texts, token ids, or several lists of them."""
+    if prompt == "" or (isinstance(prompt, list) and "" in prompt):
+        raise ApiError(
+            400, "prompt has an empty text: there is nothing to go on from", param="prompt", code="invalid_value"
+        )
     if isinstance(prompt, str):
         return [prompt]
     for kind, wrap in ((Texts, False), (TokenIds, True), (Annotated[list[TokenIds], Meta(min_length=1)], False)):

@@ -254,6 +254,8 @@ def test_several_prompts_are_several_choices_with_log_probabilities(site: Site, 
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["x", ""]}, "prompt"),
         ({"prompt": ["x", 5]}, "prompt"),
         ({"prompt": ["x"] * 20}, "prompt"),
         ({"prompt": [10_000]}, "prompt_tokens"),
@@ -373,6 +375,14 @@ def test_a_body_that_is_no_request_is_refused(site: Site, body: bytes) -> None:
         reply = httpx2.post(f"{site.url}/{path}", content=body, headers=headers)
         assert reply.status_code == 400
         assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_path_that_is_not_there_or_is_asked_in_another_way_is_told_apart(site: Site) -> None:
+    nothing = httpx2.get(f"{site.url}/nothing", headers=site.headers)
+    assert (nothing.status_code, nothing.json()["error"]["code"]) == (404, "not_found")
+    wrong = httpx2.get(f"{site.url}/chat/completions", headers=site.headers)
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "wrong_method")
+    assert wrong.headers["allow"] == "POST"
 
 
 # --- who may use it -------------------------------------------------------------------------------------------
