@@ -227,6 +227,13 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
             "company then changes no bit of any answer.",
         ),
     ] = 0
+    back_off_when_throttled: Annotated[
+        bool,
+        Meta(
+            description="Give background work a tenth of the time while the device is slowed down for heat or want of "
+            "power; persons' runs go on as ever."
+        ),
+    ] = True
 
 
 class HomeAssistantConfig(msgspec.Struct, forbid_unknown_fields=True):

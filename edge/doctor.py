@@ -32,6 +32,7 @@ from edge.power import find_meter, visible_gpu
 from edge.process import free_bytes
 from edge.service_table import BY_NAME, SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
+from edge.thermal import Thermometer
 from protocol.errors import BrokerError, MindstreamError, ModelUnavailable, NotConnected
 from protocol.identity import fingerprint_of
 
@@ -339,6 +340,21 @@ def _energy(_config: Config) -> Check:
     return Check("energy", OK, f"not measured: {meter.reason}", next_step)
 
 
+def _heat(_config: Config) -> Check:
+    thermometer = Thermometer()
+    if not thermometer.sources:
+        return Check("heat", OK, "this device has no file that says whether it is throttled")
+    heat = thermometer.look()
+    hottest = f"{heat.hottest_zone} {heat.hottest_c:.0f} °C, " if heat.hottest_c is not None else ""
+    before = f"; {heat.before}" if heat.before else ""
+    if not heat.throttled:
+        return Check("heat", OK, f"{hottest}not throttled ({thermometer.sources}){before}")
+    found = f"{hottest}throttled: {'; '.join(heat.reasons)}{before}"
+    if heat.for_want_of_power:
+        return Check("heat", WARNING, found, "give it a power supply and a cable of the current that the board wants")
+    return Check("heat", WARNING, found, "give it air, a heat sink or a fan, or a lower power mode; it mends itself")
+
+
 def _clock(_config: Config) -> Check:
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     if read_clock_synced():
@@ -358,5 +374,6 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "endpoint": _gateway,
     "machine": _hardware,
     "energy": _energy,
+    "heat": _heat,
     "clock": _clock,
 }

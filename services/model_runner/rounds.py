@@ -25,6 +25,7 @@ from services.model_runner.constrained import Grammars
 from services.model_runner.conversations import Conversation, Conversations
 from services.model_runner.engine import Engine, chunk_ends
 from services.model_runner.generation import accept, context_full
+from services.model_runner.heat import rest_s
 from services.model_runner.prefixes import chunk_keys
 from services.model_runner.room import Room
 from services.model_runner.scheduler import Scheduler, Work
@@ -101,6 +102,7 @@ class Rounds:
         lock: notified when another thread has done something for a run.
         say_token: called with a run's id and each of its tokens.
         report: called with what should be counted and said.
+        throttled: whether the device is slowed down, so that background work should rest (heat.py).
     """
 
     loaded: Loaded
@@ -109,6 +111,7 @@ class Rounds:
     lock: threading.Condition
     say_token: Callable[[str, RunToken], None]
     report: Report
+    throttled: Callable[[], bool] = lambda: False
     totals: Totals = field(default_factory=Totals)
     last_usage: Usage | None = None
     _answers: dict[Work, Answer] = field(default_factory=dict)
@@ -127,6 +130,7 @@ class Rounds:
         self._keeper = ThreadPoolExecutor(1, "conversation keeper")
         self._checkpoint_s = time.monotonic()
         self._energy = EnergyShares(loaded.meter)
+        self._rests_until_s = 0.0
 
     @property
     def answering(self) -> list[str]:
@@ -251,12 +255,25 @@ class Rounds:
 
     # --- a round --------------------------------------------------------------------------------------------
 
-    def round(self) -> None:
-        """A chunk of one prompt, and a step of the running answers."""
+    def rest(self) -> float | None:
+        """Let background work rest or go on, as it should now. Called under the lock.
+
+        Returns how many seconds it still rests; None when it does not.
+        """
+        left_s = self._rests_until_s - time.monotonic() if self.throttled() else 0.0
+        self.scheduler.background_rests = left_s > 0
+        return left_s if left_s > 0 else None
+
+    def end_cancelled(self) -> None:
+        """End the runs that were stopped since the round before."""
         for answer in [each for each in self._answers.values() if each.run.cancelled.is_set()]:
             if answer.work.stage != "away":
                 answer.state.finish_reason = "cancelled"
                 self._finish(answer)
+
+    def round(self) -> None:
+        """A chunk of one prompt, and a step of the running answers."""
+        started_s = time.monotonic()
         with self.lock:
             read, step = self.scheduler.next_round()
         if read is not None:
@@ -265,6 +282,8 @@ class Rounds:
             # The chunk may have taken its time: who was cancelled meanwhile gets one token more.
             self._step([self._answers[work] for work in step])
         now_s = time.monotonic()
+        if any(work.background for work in (*step, *([read] if read else []))):
+            self._rests_until_s = now_s + rest_s(now_s - started_s)
         if now_s - self._checkpoint_s > CHECKPOINT_S:
             self._checkpoint_s = now_s
             self._keep_checkpoints()

@@ -8,7 +8,8 @@ and its turn. The rules:
   had the least of it (start-time fair queueing, Goyal et al., SIGCOMM 1996). One who was away has saved up nothing.
 - **Prompts** of one asker take turns between the one with the least left to read and the oldest one: a short prompt
   passes a long one, and the long one gets half of the chunks all the same. Equal ones are read one after another.
-- **Background** work is done when no person's is there, and else in every ``BACKGROUND_EVERY``-th round.
+- **Background** work is done when no person's is there, and else in every ``BACKGROUND_EVERY``-th round; while it
+  rests (the device is throttled, heat.py), in none.
 - **Memory**: a run that does not fit now may be passed by ``PASSED_BY_MAX`` others, then nothing begins before it.
 - **One conversation** has one run at a time, in the order in which they came.
 
@@ -50,7 +51,7 @@ class Work:
 
 
 class Round(NamedTuple):
-    """What is to be done now; never both empty while there is work that has begun."""
+    """What is to be done now; never both empty while the scheduler is busy."""
 
     read: Work | None
     """A chunk of its prompt."""
@@ -79,6 +80,8 @@ class Scheduler:
     max_batch: int = 1
     changed: bool = False
     """Whether a run came or ended since this was set to False: another may begin now."""
+    background_rests: bool = False
+    """Whether no round is for background work now."""
     _works: dict[Stage, list[Work]] = field(
         default_factory=lambda: {"waiting": [], "reading": [], "decoding": [], "away": []}
     )
@@ -142,7 +145,8 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is something for a round to do."""
-        return bool(self._works["reading"] or self._works["decoding"])
+        begun = (*self._works["reading"], *self._works["decoding"])
+        return any(not work.background for work in begun) if self.background_rests else bool(begun)
 
     # --- which run begins -----------------------------------------------------------------------------------
 
@@ -187,13 +191,16 @@ class Scheduler:
         reading, decoding = self._works["reading"], self._works["decoding"]
         everyone = self._round % BACKGROUND_EVERY == 0
         self._owed_chunk |= everyone
-        if any(not work.background for work in (*reading, *decoding)):
+        if self.background_rests:
+            reading = [work for work in reading if not work.background]
+            decoding = [work for work in decoding if not work.background]
+        elif any(not work.background for work in (*reading, *decoding)):
             reading = [work for work in reading if not work.background or self._owed_chunk]
             decoding = [work for work in decoding if not work.background or everyone]
         read = None
         if reading and (not decoding or self._stepped >= len(decoding)):
             read = self._read(reading, background_first=self._owed_chunk)
-            self._owed_chunk = False
+            self._owed_chunk &= self.background_rests  # Still owed then.
             self._stepped = 0
         step = self._batch(decoding, background_slot=everyone)
         for work in step:

@@ -24,6 +24,7 @@ from edge.model_share import BuiltShelf
 from edge.models import Hold
 from edge.power import Meter, find_meter, visible_gpu
 from edge.service import Context, Service, hears
+from edge.thermal import Thermometer
 from protocol.codec import Received
 from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
 from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest, seal_manifest, snapshot_id
@@ -50,6 +51,7 @@ from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
 from services.model_runner.embedding import Embeddings
 from services.model_runner.engine import Engine
+from services.model_runner.heat import HeatWatch
 from services.model_runner.memory import MIB, free_memory, kv_budget
 from services.model_runner.parking import Parking
 from services.model_runner.rounds import Loaded, Rounds
@@ -90,7 +92,8 @@ class ModelRunner(Service):
         self.shelf = BuiltShelf(default_cache_folder(), self.context.identity)
         self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self.shelf.held)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
-        self.worker = Worker(self._load, self._say_token, self._report)
+        self.heat = HeatWatch(Thermometer(), self._heat_changed)
+        self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
         self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
         # One: each holds a copy of a KV cache until it is on the disk.
@@ -100,8 +103,11 @@ class ModelRunner(Service):
     def started(self) -> None:
         self.blob_bus.start(timeout_s=None)
         self.worker.start()
+        if self.config.model.back_off_when_throttled:
+            self.heat.start()
 
     def teardown(self) -> None:
+        self.heat.stop()
         self.worker.stop()
         self.sayer.stop()
         self.embeddings.stop()
@@ -145,8 +151,18 @@ class ModelRunner(Service):
             "batch_mean": round(rounds.totals.batch_mean, 2),
             **self._memory_details(loaded, rounds),
             "energy_sensor": loaded.meter.sensor or f"not measured: {loaded.meter.reason}",
+            **self._heat_details(),
             **({"answering": answering[:ANSWERING_SHOWN]} if answering else {}),
             **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
+        }
+
+    def _heat_details(self) -> dict[str, Any]:
+        heat = self.heat.last
+        return {
+            "throttled": self.heat.throttled,
+            **({"throttled_reason": "; ".join(heat.reasons)} if self.heat.throttled and heat.reasons else {}),
+            # In steps: each change of these details is said on the bus.
+            **({"hottest_c": 5 * round(heat.hottest_c / 5)} if heat.hottest_c is not None else {}),
         }
 
     def _memory_details(self, loaded: Loaded, rounds: Rounds) -> dict[str, Any]:
@@ -217,6 +233,14 @@ class ModelRunner(Service):
 
     def _evicted(self, name: str, left: Evicted) -> None:
         self._report(f"evicted.{left}", f"conversation {name} left the memory; {EVICTED[left]}")
+
+    def _heat_changed(self, throttled: bool, why: str) -> None:
+        """On the watch's thread, once a change."""
+        if throttled:
+            self._report("throttled.begun", f"this device is slowed down: background work gets a tenth of it: {why}")
+        else:
+            self._report("resumed.background", "it is slowed down no longer: background work goes on as before")
+        self.worker.wake()
 
     def _report(self, counter: str, text: str) -> None:
         """Count what happened to a run or a conversation, and say it; on any thread."""

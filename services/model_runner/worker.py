@@ -32,6 +32,7 @@ class Worker:
         load: loads the model; may raise ModelUnavailable, and is then tried again with backoff.
         say_token: called on the worker's thread with a run's id and each of its tokens: it must not take long.
         report: called on any thread with the name of a counter, and what happened, to be said (or nothing).
+        throttled: whether the device is slowed down now (heat.py); ``wake`` the worker when that changes.
     """
 
     RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
@@ -41,10 +42,12 @@ class Worker:
         load: Callable[[], Loaded],
         say_token: Callable[[str, RunToken], None],
         report: Report = lambda _counter, _text: None,
+        throttled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._load = load
         self._say_token = say_token
         self._report = report
+        self._throttled = throttled
         self._wake = threading.Condition()
         self._scheduler = Scheduler()
         self._runs: dict[Work, Run] = {}
@@ -71,6 +74,11 @@ class Worker:
             done.set_exception(_stopped())
         if self._thread.is_alive():
             self._thread.join(10.0)
+
+    def wake(self) -> None:
+        """Let it look again at what there is to do; on any thread."""
+        with self._wake:
+            self._wake.notify_all()
 
     @property
     def died(self) -> bool:
@@ -105,6 +113,8 @@ class Worker:
             run = self._runs[found]
             if found.stage != "waiting":
                 run.cancelled.set()
+                self._scheduler.changed = True  # It may be resting.
+                self._wake.notify_all()
                 return True
             self._scheduler.remove(found)
             del self._runs[found]
@@ -134,12 +144,17 @@ class Worker:
         loaded = self._load_with_backoff()
         if loaded is None:
             return
-        rounds = self.rounds = Rounds(loaded, self._scheduler, self._runs, self._wake, self._say_token, self._report)
+        rounds = self.rounds = Rounds(
+            loaded, self._scheduler, self._runs, self._wake, self._say_token, self._report, self._throttled
+        )
         while not self._stopping:
             with self._wake:
+                rest_s = rounds.rest()
                 while not (self._scheduler.busy or self._scheduler.changed or self._jobs or self._stopping):
-                    self._wake.wait()
+                    self._wake.wait(rest_s)
+                    rest_s = rounds.rest()
             self._do_jobs(loaded)
+            rounds.end_cancelled()
             rounds.begin_waiting()
             if self._scheduler.busy and not self._stopping:
                 rounds.round()

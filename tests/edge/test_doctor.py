@@ -19,7 +19,9 @@ from edge.doctor import FAILED, OK, WARNING, Check, examine
 from edge.model_pull import pull_folder
 from edge.models import converted_name, default_cache_folder, known_models, publish
 from edge.power import Meter
+from edge.thermal import Thermometer
 from tests.support.ports import free_port
+from tests.support.sysfs import BOARD, SLOWED, lay_out
 
 MODEL = known_models()[0]
 
@@ -220,6 +222,16 @@ def power_for_root_only(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "find_meter", lambda **_: meter)
 
 
+def too_hot(it: Situation) -> None:
+    lay_out(it.folder / "root", BOARD | SLOWED)
+    it.monkeypatch.setattr(doctor, "Thermometer", lambda: Thermometer(it.folder / "root"))
+
+
+def supply_too_weak(it: Situation) -> None:
+    lay_out(it.folder / "root", {"sys/devices/platform/soc/soc:firmware/get_throttled": "50005"})
+    it.monkeypatch.setattr(doctor, "Thermometer", lambda: Thermometer(it.folder / "root"))
+
+
 def clock_adrift(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "read_clock_synced", lambda: False)
 
@@ -254,6 +266,8 @@ SITUATIONS: list[tuple[Callable[[Situation], None], str, str, str]] = [
     (endpoint_token_for_all, "endpoint", FAILED, "chmod"),
     (endpoint_port_taken, "endpoint", WARNING, "gateway.port"),
     (power_for_root_only, "energy", OK, "udev"),
+    (too_hot, "heat", WARNING, "fan"),
+    (supply_too_weak, "heat", WARNING, "power supply"),
     (clock_adrift, "clock", WARNING, ""),
 ]
 
