@@ -93,8 +93,8 @@ def _attention_only(config: Any, architecture: str) -> None:
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ()) - _KINDS
     if kinds:
         raise ModelUnavailable(
-            f"building {architecture}: it has layers of kind {', '.join(sorted(kinds))}, and the onnx engine keeps keys "
-            "and values of full and sliding-window attention alone",
+            f"building {architecture}: it has layers of kind {', '.join(sorted(kinds))}, and the onnx engine keeps "
+            "keys and values of full and sliding-window attention alone",
             hint="run it on the transformers engine",
             field="model.name",
             reason="unsupported layers",
