@@ -11,6 +11,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.engines import fidelity, serving, speed
 from bench.engines.loading import english
@@ -25,7 +26,9 @@ __all__ = ["Model", "Options", "model_of", "run"]
 
 FAMILY = "gemma3-270m"
 """Measured beside the configured model where its files are at hand."""
-TINY = "tiny-qwen2"
+TINY = ("tiny-qwen2", "tiny-lfm2")
+"""Families that stand in with random weights, since no small real model of theirs can be had everywhere; the second has
+recurrent layers."""
 _FAMILY_CONTEXTS = (64, 1024)
 
 
@@ -89,20 +92,20 @@ def _family_speed(family: Model, options: Options, cuda: bool, progress: Progres
 
 
 def _resume(options: Options, corpus: list[int], progress: Progress) -> Figures:
-    """Of the model, of the other families at hand, and of a Qwen2 with random weights, made here and built here."""
+    """Of the model, of the other families at hand, and of small ones with random weights, made and built here."""
     corpora = {options.model.name: corpus}
     with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as scratch:
-        models = [*options.families]
         for family in options.families:
             corpora[family.name] = ChatFormat.load(family.folder).encode(english(), special=False)
-        tiny = _tiny_qwen2(options.model.folder, Path(scratch), progress)
-        corpora[tiny.name] = [token % 1_000 for token in corpus]
-        everything = Options(**{**options.__dict__, "families": (*models, tiny)})
+        tiny = [_tiny(name, options.model.folder, Path(scratch), progress) for name in TINY]
+        for model in tiny:
+            corpora[model.name] = [token % 1_000 for token in corpus]
+        everything = Options(**{**options.__dict__, "families": (*options.families, *tiny)})
         return fidelity.resumes(everything, corpora, progress)
 
 
-def _tiny_qwen2(tokenizer: Path, scratch: Path, progress: Progress) -> Model:
-    """A Qwen2 of two layers with random weights, and its int8 graph where the builder is installed."""
+def _tiny(name: str, tokenizer: Path, scratch: Path, progress: Progress) -> Model:
+    """A model of few layers with random weights, and its int8 graph where the builder makes one."""
     import shutil
 
     import torch
@@ -110,31 +113,35 @@ def _tiny_qwen2(tokenizer: Path, scratch: Path, progress: Progress) -> Model:
 
     from edge.model_build import build
 
-    folder = scratch / TINY
-    config = transformers.Qwen2Config(
-        vocab_size=1_024,
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        max_position_embeddings=4_096,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=0,
+    folder = scratch / name
+    sizes: dict[str, Any] = {
+        "vocab_size": 1_024,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4_096,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+    }
+    config = (
+        transformers.Lfm2Config(**sizes, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+        if name == "tiny-lfm2"
+        else transformers.Qwen2Config(**sizes, num_hidden_layers=2)
     )
     torch.manual_seed(2026)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (tokenizer / file).is_file():
+            shutil.copyfile(tokenizer / file, folder / file)
     built = {}
     try:
         made = build(str(folder), "int8", "cpu", cache_dir=scratch / "built", check=False, on_progress=progress)
         built[made.card.variant] = made.folder
     except MindstreamError as error:
-        progress(f"{TINY} is not built for onnx: {error}")
-    return Model(TINY, folder, built)
+        progress(f"{name} is not built for onnx: {error}")
+    return Model(name, folder, built)
 
 
 def _cuda() -> bool:

@@ -31,6 +31,14 @@ def bench(
     only: Annotated[
         str, typer.Option("--only", metavar="PART,…", help="engines: these parts alone; a wrong name lists them.")
     ] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="NAME,…",
+            help="engines: these models, not the configured one and the families at hand; the first has every figure.",
+        ),
+    ] = "",
     plot: Annotated[
         Optional[Path],  # noqa: UP045 - as above
         typer.Option("--plot", metavar="FILE", help="engines: tokens a second against context length, as SVG."),
@@ -44,10 +52,11 @@ def bench(
     def progress(line: str) -> None:
         print(f"  {line}", file=sys.stderr, flush=True)
 
-    if (only or plot) and name != "engines":
-        raise typer.BadParameter("only `engines` has parts and a plot", param_hint="--only" if only else "--plot")
+    for option, given in (("--only", only), ("--model", model), ("--plot", plot)):
+        if given and name != "engines":
+            raise typer.BadParameter("only `engines` has parts, models and a plot", param_hint=option)
     if name == "engines":
-        figures = _engines(module, load(), quick, only, plot, progress)
+        figures = _engines(module, load(), quick, only, model, plot, progress)
     elif name == "model":
         figures = _model(module, load(), quick, progress)
     else:
@@ -71,14 +80,16 @@ def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], N
 
 
 def _engines(
-    module: Any, config: Config, quick: bool, only: str, plot: Path | None, progress: Callable[[str], None]
+    module: Any, config: Config, quick: bool, only: str, model: str, plot: Path | None, progress: Callable[[str], None]
 ) -> dict[str, Any]:
     from edge.files import storage_errors
 
     folders = [Path(folder) for folder in config.model.folders]
+    names = [name.strip() for name in model.split(",") if name.strip()]
+    first, *others = names or [config.model.name]
     options = module.Options(
-        module.model_of(config.model.name, folders, progress),
-        module.families(folders, progress),
+        module.model_of(first, folders, progress),
+        [module.model_of(name, folders, progress) for name in others] if names else module.families(folders, progress),
         threads=config.model.threads,
         quick=quick,
         **({"parts": only.split(",")} if only else {}),

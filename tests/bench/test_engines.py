@@ -48,6 +48,8 @@ def test_a_resumed_conversation_is_the_same_and_a_batch_is_close(tiny_model: Pat
     assert figures["resume_token_match"] == 1.0
     assert figures["resume_logit_match"] == 1.0
     assert figures["tiny_qwen2_torch_resume_exact"] == 1.0
+    assert figures["tiny_lfm2_torch_resume_exact"] == 1.0
+    assert "tiny_lfm2_onnx_int8" in figures["resume_left_out"]
     assert figures["resume_prompts"] >= 4
 
 
