@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jinja2
 
 from protocol.errors import InvalidPrompt, ModelUnavailable
+from services.model_runner.quoting import Part, after, marked
 from services.model_runner.tokenizer import ModelTokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -74,6 +75,38 @@ class ChatFormat:
         ``messages`` have ``role`` and ``content``. Raises InvalidPrompt when there are none, or the template refuses
         them, and ModelUnavailable when the model has no template.
         """
+        return "".join(part.text for part in self._parts(messages))
+
+    def _parts(self, messages: Sequence[Mapping[str, str]]) -> list[Part]:
+        """The same, with the names of special tokens that stand in ``messages`` apart."""
+        names = {text: self.tokenizer.special_names(text) for message in messages for text in message.values()}
+        if not any(names.values()):
+            return [Part(self._render(messages), False)]
+        quoted, marks = marked(messages, names)
+        parts = marks.parts(self._render(quoted))
+        if "".join(part.text for part in parts) != self._render(messages):
+            name = next(text[slice(*spans[0])] for text, spans in names.items() if spans)
+            raise InvalidPrompt(
+                f"rendering a conversation for {self.name}: a message has {name!r} in it, the name of a special token, "
+                "and the chat template does not leave it as it is",
+                hint="leave it out",
+                field="messages",
+                reason="special token in a message",
+            )
+        return parts
+
+    def _encode(self, parts: Sequence[Part]) -> list[int]:
+        tokens: list[int] = []
+        for part in parts:
+            if part.quoted:
+                tokens += self.tokenizer.encode_quoted(part.text)
+            elif tokens:
+                tokens += self.tokenizer.encode_after(part.text)
+            else:
+                tokens += self.encode(part.text, special=False)
+        return tokens
+
+    def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
         if not self.has_template:
             raise ModelUnavailable(
                 f"rendering a conversation for {self.name}: it has no chat template, it is a base model",
@@ -98,9 +131,9 @@ class ChatFormat:
             ) from error
 
     def prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation's first turn. Raises as ``render``."""
-        # The template writes the special tokens itself.
-        return self.encode(self.render(messages), special=False)
+        """Token ids of a conversation's first turn. Only the template writes special tokens: their names in
+        ``messages`` are text (quoting.py). Raises as ``render``."""
+        return self._encode(self._parts(messages))
 
     def next_turn(self, held: Sequence[int], messages: Sequence[Mapping[str, str]]) -> Turn:
         """What to read for the turn that ``messages`` (the whole history and the new ones) ends with.
@@ -110,13 +143,13 @@ class ChatFormat:
         than its tokenizer does (then only the rest is tokenized, from where the held text ends). A cache is never
         cut back: a re-read prefix would be close and not exact. Raises as ``render``.
         """
-        text = self.render(messages)
-        tokens = self.encode(text, special=False)
+        parts = self._parts(messages)
+        tokens = self._encode(parts)
         if tokens[: len(held)] == list(held):
             return Turn(bool(held), tokens[len(held) :])
         said = self.decode(held, special=True)
-        if said and text.startswith(said):
-            return Turn(True, self.encode(text[len(said) :], special=False))
+        if said and "".join(part.text for part in parts).startswith(said):
+            return Turn(True, self._encode(after(parts, len(said))))
         return Turn(False, tokens)
 
     def stream(self, stop: Sequence[str] = ()) -> TextStream:

@@ -8,6 +8,7 @@ test holds that), in a quarter of a second instead of several and without its me
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,19 @@ class ModelTokenizer:
         self.template = template
         """The chat template's source; empty where there is none."""
         self._named = dict(named)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token for token, row in added.items() if row.special}
+        self._names = {row.content for row in added.values() if row.special and row.content}
+        self._name_lengths = sorted({len(name) for name in self._names}, reverse=True)
+        # There may be thousands of names, nearly all of which begin with one character.
+        self._name_starts = re.compile(
+            f"[{re.escape(''.join(sorted({name[0] for name in self._names})))}]" if self._names else r"(?!)"
+        )
+        # What a normalizer makes the name of a token: full-width letters, for example.
+        self._normalizes = tokenizer.normalizer is not None and any(
+            row.special and row.normalized for row in added.values()
+        )
+        self._plain: Tokenizer | None = None
         self._compiled: jinja2.Template | None = None
 
     @classmethod
@@ -99,6 +113,36 @@ class ModelTokenizer:
         """Token ids of ``text``; with ``special`` what the model puts around a text is put around it."""
         return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
+    def special_names(self, text: str) -> list[tuple[int, int]]:
+        """Where special tokens are written out in ``text``: (start, end) of each, in order."""
+        found: list[tuple[int, int]] = []
+        at = 0
+        for match in self._name_starts.finditer(text):
+            start = match.start()
+            if start < at:
+                continue
+            for length in self._name_lengths:
+                if text[start : start + length] in self._names:
+                    at = start + length
+                    found.append((start, at))
+                    break
+        if found or not self._normalizes:
+            return found
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token in self._special_ids]
+
+    def encode_quoted(self, text: str) -> list[int]:
+        """Token ids of ``text`` as letters, whatever tokens it is the name of."""
+        if self._plain is None:
+            plain = Tokenizer.from_str(self._tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        return _within(self._plain, text)
+
+    def encode_after(self, text: str) -> list[int]:
+        """Token ids of ``text`` where other text stands before it: some tokenizers put a space before the first."""
+        return _within(self._tokenizer, text)
+
     def decode(self, tokens: Sequence[int], *, special: bool) -> str:
         """Text of ``tokens``; with ``special`` the special tokens are written out."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
@@ -114,6 +158,15 @@ class ModelTokenizer:
             add_generation_prompt=True,
             **self._named,
         )
+
+
+def _within(tokenizer: Tokenizer, text: str) -> list[int]:
+    for before in ("\n", "a"):
+        first = tokenizer.encode(before, add_special_tokens=False).ids
+        both = tokenizer.encode(before + text, add_special_tokens=False).ids
+        if both[: len(first)] == first:
+            return list(both[len(first) :])
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _json(path: Path) -> dict[str, Any]:
