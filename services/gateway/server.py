@@ -1,7 +1,7 @@
 """The HTTP server: uvicorn on a socket and in a thread of our own, with limits on clients that are slow.
 
-On uvloop where that is installed: a token of a stream then costs the gateway a third less, on the very cores on which
-the next one is computed.
+On uvloop where that is installed: a token of a stream then costs this thread a fifth to a third less, on the cores
+on which the next one is computed.
 """
 
 from __future__ import annotations
