@@ -228,6 +228,14 @@ class Engine(ABC):
         """
         return [self.step(cache, token) for cache, token in steps]
 
+    def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
+        """Append ``tokens`` and return the logits after each of them, float32 of shape (tokens, vocab_size).
+
+        For measuring: engines may compute several positions at once, which rounds otherwise than steps do. Raises as
+        ``prefill``.
+        """
+        return np.stack([self.step(cache, token) for token in tokens])
+
     def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> KVCache | None:
         """A new cache that begins with the first ``tokens`` positions of ``cache``, copied bit for bit.
 

@@ -121,7 +121,7 @@ class OnnxEngine(Engine):
         shape = (spec.layers, spec.context_tokens, self._dtype)
         self._arena: Rows = RowArena(*shape) if provider.value == "cpu" else DeviceRows(*shape, "cuda")
         # What a step changes is changed in place: the graph is bound to these for good.
-        self._indices = np.zeros(1, np.int64)
+        self._indices = np.arange(self.chunk_tokens, dtype=np.int64)
         self._ids = np.zeros((self.max_batch, 1), np.int64)
         self._logits = np.zeros((self.max_batch, 1, spec.vocab_size), self._logits_dtype)
         self._ones = np.ones((1, self._arena.positions), np.int64)
@@ -222,6 +222,18 @@ class OnnxEngine(Engine):
             self._advance(row, 1)
         return [self._logits[row.index - first, 0].astype(np.float32) for row in rows]
 
+    def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
+        own = self._own(cache)
+        if self._last_logits_only and not self._has_indices:
+            return super().read(cache, tokens)
+        self.check_tokens(own, tokens)
+        self._check_memory(len(tokens))
+        start, rows = own.length, []
+        for end in chunk_ends(start, start + len(tokens), self.chunk_tokens):
+            chunk = tokens[own.length - start : end - start]
+            rows.append(self._read(own.taken_row(), chunk, all_logits=True).astype(np.float32))
+        return np.concatenate(rows)
+
     def export_layers(self, cache: KVCache) -> list[LayerState]:
         own = self._own(cache)
         return self._prefix_of(own, own.length)
@@ -275,15 +287,18 @@ class OnnxEngine(Engine):
 
     # --- the graph ------------------------------------------------------------------------------------------------
 
-    def _read(self, row: Row, tokens: Sequence[int]) -> None:
-        """Append a chunk of a prompt to ``row``."""
+    def _read(self, row: Row, tokens: Sequence[int], all_logits: bool = False) -> npt.NDArray[Any]:
+        """Append a chunk of a prompt to ``row``. The logits that the graph computed on the way: of every position
+        where ``all_logits``."""
         count = len(tokens)
         ids = np.array([tokens], np.int64)
         # Where the graph lets them be chosen, no logits are computed for a prompt.
-        rows = 0 if self._has_indices else 1 if self._last_logits_only else count
+        rows = (count if all_logits else 0) if self._has_indices else 1 if self._last_logits_only else count
         logits = np.empty((1, rows, self.spec.vocab_size), self._logits_dtype)
         self._run(row.index, ids, self._ones[:, : row.length + count], self._lengths_of([row]), logits)
         self._advance(row, count)
+        found: npt.NDArray[Any] = logits[0]
+        return found
 
     def _compute(self, first: int, rows: Sequence[Row]) -> None:
         """One step of neighbouring rows, whose tokens are in ``_ids``; the logits come into ``_logits``."""

@@ -241,6 +241,16 @@ class TransformersEngine(Engine):
             logits: Logits = row.float().cpu().numpy()
         return logits
 
+    def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
+        own = self._own(cache)
+        self.check_tokens(own, tokens)
+        start, rows = own.length, []
+        for end in chunk_ends(start, start + len(tokens), self.chunk_tokens):
+            chunk = tokens[own.length - start : end - start]
+            with self._appending([own], len(chunk)):
+                rows.append(self._forward(self._model, own, chunk).logits[0].float().cpu().numpy())
+        return np.concatenate(rows)
+
     def export_layers(self, cache: KVCache) -> list[LayerState]:
         own = self._own(cache)
         states = []

@@ -22,6 +22,8 @@ from protocol.errors import SnapshotRefused
 from services.model_runner.engine import DTYPE_BYTES, STORAGE_DTYPES, LayerState, ModelSpec
 
 BLOCK_TOKENS = 256
+MOST_EXACT = 255
+"""Last tokens of a block that a lossy rung can keep exactly."""
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -130,7 +132,7 @@ class Codec(ABC):
             for array in plane:
                 if array.shape != layer.shape or array.dtype != dtype:
                     raise ValueError(f"a plane is {array.dtype} {array.shape}, the layout says {dtype} {layer.shape}")
-        return self._encode(planes, layout, min(recent, layout.tokens))
+        return self._encode(planes, layout, min(recent, layout.tokens, MOST_EXACT))
 
     def decode(self, data: Data, layout: BlockLayout, out: Sequence[Plane] | None = None) -> list[Plane]:
         """The block's arrays, in ``out`` (of the layout's shapes, any strides) or in new ones.

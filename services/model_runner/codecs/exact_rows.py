@@ -17,7 +17,6 @@ from services.model_runner.engine import DTYPE_BYTES
 
 SINK_TOKENS = 4
 RECENT_TOKENS = 16
-MOST_EXACT = 255
 
 
 def recent_in(layout: BlockLayout, seen_tokens: int, recent_tokens: int = RECENT_TOKENS) -> int:
@@ -33,7 +32,7 @@ def sinks_in(layout: BlockLayout) -> int:
 
 def pack_rows(planes: Sequence[Plane], layout: BlockLayout, recent: int) -> bytes:
     """The exact tokens of a block, and how many they are."""
-    first, last = sinks_in(layout), min(recent, layout.tokens, MOST_EXACT)
+    first, last = sinks_in(layout), recent
     arrays = [
         array[:, part]
         for plane, layer in zip(planes, layout.layers, strict=True)
@@ -43,11 +42,19 @@ def pack_rows(planes: Sequence[Plane], layout: BlockLayout, recent: int) -> byte
     return bytes([first, last]) + pack_exact(arrays)
 
 
-def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane]) -> None:
-    """Read what ``pack_rows`` wrote, into ``planes``. Raises SnapshotRefused."""
+def read_counts(reader: Reader, layout: BlockLayout) -> tuple[int, int]:
+    """How many of the block's first and last tokens are exact. Raises SnapshotRefused."""
     first, last = reader.take("exact", 2)
     if max(first, last) > layout.tokens:
         raise reader.refuse("exact", f"{first} and {last} tokens of {layout.tokens}")
+    return first, last
+
+
+def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane], first: int, last: int) -> None:
+    """Read what ``pack_rows`` wrote after the counts, to the end of ``reader``, into ``planes``.
+
+    Raises SnapshotRefused.
+    """
     targets: list[Array] = [
         array[:, part]
         for plane, layer in zip(planes, layout.layers, strict=True)
@@ -58,6 +65,13 @@ def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane]) ->
     for target, array in zip(targets, found, strict=True):
         if target.size:
             np.copyto(target, array.view(target.dtype))
+    reader.end()
+
+
+def held_rows(layer: BlockLayer, tokens: int, first: int, last: int) -> slice:
+    """The rows of a layer that are not exact; none where all are."""
+    head, tail = _parts(layer, tokens, first, last)
+    return slice(head.stop, tail.start)
 
 
 def _parts(layer: BlockLayer, tokens: int, first: int, last: int) -> tuple[slice, slice]:

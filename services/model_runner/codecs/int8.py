@@ -20,7 +20,7 @@ from services.model_runner.codecs.base import (
     from_floats,
     to_floats,
 )
-from services.model_runner.codecs.exact_rows import pack_rows, unpack_rows
+from services.model_runner.codecs.exact_rows import pack_rows, read_counts, unpack_rows
 
 _MOST = 127
 _LARGEST_SCALE = 1e36
@@ -56,8 +56,8 @@ class Int8(Codec):
             if numbers.size:
                 floats = np.multiply(numbers, scales, dtype=np.float32)
                 from_floats(floats, layout.dtype, target)
-        unpack_rows(reader, layout, planes)
-        reader.end()
+        first, last = read_counts(reader, layout)
+        unpack_rows(reader, layout, planes, first, last)
         return planes
 
 

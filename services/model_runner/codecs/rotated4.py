@@ -26,7 +26,7 @@ from services.model_runner.codecs.base import (
     number,
     to_floats,
 )
-from services.model_runner.codecs.exact_rows import pack_rows, unpack_rows
+from services.model_runner.codecs.exact_rows import pack_rows, read_counts, unpack_rows
 from services.model_runner.codecs.lossless import inflate
 
 _LEVELS = np.array(
@@ -88,8 +88,8 @@ class Rotated4(Codec):
             codes = codes + medians[head_at : head_at + layer.kv_heads, None]
             head_at, size_at = head_at + layer.kv_heads, size_at + count
             from_floats(_dequantise(codes, numbers, layer.head_dim), layout.dtype, target)
-        unpack_rows(reader, layout, planes)
-        reader.end()
+        first, last = read_counts(reader, layout)
+        unpack_rows(reader, layout, planes, first, last)
         return planes
 
 

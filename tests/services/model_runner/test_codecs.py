@@ -30,8 +30,8 @@ from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerSpec, LayerState, ModelSpec, StateSpec
 
 DTYPES = sorted(STORAGE_DTYPES)
-EXACT = sorted(name for name, rung in RUNGS.items() if rung.exact)
-LOSSY = sorted(name for name, rung in RUNGS.items() if not rung.exact)
+EXACT = sorted(name for name, rung in RUNGS.items() if rung().exact)
+LOSSY = sorted(name for name, rung in RUNGS.items() if not rung().exact)
 # Mean squared error over mean square: what 8 and 4 bits must reach on numbers like a model's.
 MOST_ERROR = {"int8": 1e-4, "rotated4": 0.0125}
 

@@ -1,0 +1,270 @@
+"""Takes the strongest rung whose self-test meets the fidelity that was asked for, and says what was measured.
+
+The self-test: the context's last tokens are read a second time, once after the exact cache as it was before them and
+once after the decoded one, and the two's distributions of the next token are compared. It is what a resumed
+conversation will see, on its own text; it costs two short prefills and the encoding, and its time is in the
+certificate. A certificate also has the rung's usual figures, which were measured elsewhere and are marked so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from services.model_runner.codecs.base import Array, Codec, block_layouts, block_planes
+from services.model_runner.codecs.exact_rows import recent_in
+from services.model_runner.engine import STORAGE_DTYPES, Engine, LayerSpec, LayerState, ModelSpec
+
+TEST_TOKENS = 128
+
+
+class Fidelity(msgspec.Struct, frozen=True):
+    """How close the next-token distributions are after a decoded cache to those after the exact one."""
+
+    mean_kl: float
+    """Nats a token, exact against decoded."""
+    top1: float
+    """Share of positions whose likeliest token is the same."""
+    tokens: int
+    """Positions compared."""
+    took_s: float
+
+
+class Usual(msgspec.Struct, frozen=True):
+    """What a rung does as a rule: measured by `mindstream bench snapshot`, or by calibration on its own texts."""
+
+    mean_kl: float
+    top1: float
+    ratio: float
+    """Size against 16 bits a number."""
+    measured_on: str
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """What is known of an encoded state's fidelity; goes into the manifest."""
+
+    rung: str
+    exact: bool
+    """Whether every bit comes back: then there was nothing to measure."""
+    measured: Fidelity | None
+    """On this very state; None when the rung is exact, or the context too short to test."""
+    usual: Usual | None
+    """Of the rung, not of this state."""
+    encode_s: float
+    decode_s: float
+    """Seconds that this node took for the whole state; ``decode_s`` is 0 when no test was run."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The fidelity that a rung must have."""
+
+    most_kl: float = 0.02
+    least_top1: float = 0.94
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An encoded state."""
+
+    codec: Codec
+    blocks: list[bytes]
+    """In the order of ``block_layouts``."""
+    certificate: Certificate
+    tried: list[Certificate]
+    """Of the stronger rungs that did not meet what was asked."""
+
+
+USUAL: dict[str, Usual] = {}
+"""Of the rungs that need no basis; those of ``transform`` stand in the basis."""
+
+
+def encode_blocks(
+    codec: Codec, spec: ModelSpec, layers: Sequence[LayerState], workers: Executor | None = None
+) -> list[bytes]:
+    """All blocks of a cache, on the calling thread or on ``workers``."""
+    seen = layers[0].seen_tokens
+    layouts = block_layouts(spec, seen)
+    planes = [block_planes(layers, layout) for layout in layouts]
+    recent = [recent_in(layout, seen) for layout in layouts]
+    each = workers.map if workers is not None else map
+    return list(each(codec.encode, planes, layouts, recent))
+
+
+def decode_blocks(
+    codec: Codec,
+    spec: ModelSpec,
+    blocks: Sequence[bytes | memoryview],
+    seen_tokens: int,
+    states: Sequence[tuple[Array, ...]] | None = None,
+    workers: Executor | None = None,
+) -> list[LayerState]:
+    """The cache whose blocks these are; ``states`` are those of each layer, which no block holds.
+
+    The caller must have checked ``seen_tokens`` against the model's context: arrays of that size are allocated.
+    Raises SnapshotRefused.
+    """
+    layouts = block_layouts(spec, seen_tokens)
+    if len(blocks) != len(layouts):
+        raise ValueError(f"{len(blocks)} blocks for {len(layouts)} of {seen_tokens:,} tokens")
+    whole = empty_layers(spec, seen_tokens, states)
+    into = [block_planes(whole, layout) for layout in layouts]
+    each = workers.map if workers is not None else map
+    for _ in each(codec.decode, blocks, layouts, into):
+        pass
+    return whole
+
+
+def empty_layers(
+    spec: ModelSpec, seen_tokens: int, states: Sequence[tuple[Array, ...]] | None = None
+) -> list[LayerState]:
+    """Layers of that length, not filled."""
+    dtype = STORAGE_DTYPES[spec.dtype]
+    found = []
+    for at, layer in enumerate(spec.layers):
+        shape = (layer.kv_heads, layer.held_tokens(seen_tokens), layer.head_dim)
+        own = states[at] if states else ()
+        found.append(
+            LayerState(layer.kind, spec.dtype, np.empty(shape, dtype), np.empty(shape, dtype), seen_tokens, own)
+        )
+    return found
+
+
+def fidelity(
+    engine: Engine,
+    tokens: Sequence[int],
+    exact: Sequence[LayerState],
+    decoded: Sequence[LayerState],
+    test_tokens: int = TEST_TOKENS,
+) -> Fidelity | None:
+    """Compare the two caches by reading the context's last tokens again after each.
+
+    Args:
+        tokens: those in the cache, without the pending one.
+        exact: the cache itself.
+        decoded: what a codec made of it.
+
+    None when the model has recurrent layers, which cannot be taken back, or the context is too short. A sliding
+    layer no longer has all that its window held then: what is missing is filled, alike in both caches, with the
+    oldest positions that it has, so the comparison stands, though the text's own distribution is not computed.
+    """
+    test = Test.of(engine, tokens, exact, test_tokens)
+    return None if test is None else test.compare(decoded)
+
+
+class Test:
+    """The exact half of a self-test, computed once for all rungs."""
+
+    __test__ = False  # for pytest
+    _engine: Engine
+    _tokens: list[int]
+    _start: int
+    _expected: Array
+    _took_s: float
+
+    @classmethod
+    def of(
+        cls, engine: Engine, tokens: Sequence[int], exact: Sequence[LayerState], test_tokens: int = TEST_TOKENS
+    ) -> Test | None:
+        """None when it cannot be made, as ``fidelity`` says."""
+        seen = exact[0].seen_tokens
+        count = min(test_tokens, seen // 2)
+        if count < 1 or any(layer.kind == "recurrent" for layer in exact) or len(tokens) < seen:
+            return None
+        started_s = time.perf_counter()
+        found = cls()
+        found._engine = engine
+        found._start = seen - count
+        found._tokens = [int(token) for token in tokens[found._start : seen]]
+        found._expected = _log_probabilities(found._read(exact))
+        found._took_s = time.perf_counter() - started_s
+        return found
+
+    def compare(self, decoded: Sequence[LayerState]) -> Fidelity:
+        """Of a decoded cache."""
+        started_s = time.perf_counter()
+        found = _log_probabilities(self._read(decoded))
+        expected = self._expected
+        divergence = float((np.exp(expected) * (expected - found)).sum(1).mean())
+        top1 = float((expected.argmax(1) == found.argmax(1)).mean())
+        took_s = self._took_s + time.perf_counter() - started_s
+        return Fidelity(max(0.0, divergence), top1, len(expected), took_s)
+
+    def _read(self, layers: Sequence[LayerState]) -> Array:
+        """Logits (tokens, vocabulary) of the last tokens, read after ``layers`` as they were before them."""
+        engine = self._engine
+        before = [_earlier(state, own, self._start) for state, own in zip(layers, engine.spec.layers, strict=True)]
+        cache = engine.import_layers(before, self._start + len(self._tokens))
+        try:
+            return engine.read(cache, self._tokens)
+        finally:
+            cache.close()
+
+
+def choose(
+    engine: Engine,
+    tokens: Sequence[int],
+    layers: Sequence[LayerState],
+    rungs: Iterable[tuple[Codec, Usual | None]],
+    asked: Asked | None = None,
+    workers: Executor | None = None,
+) -> Chosen:
+    """Encode ``layers`` by the strongest rung that meets what is asked.
+
+    Args:
+        tokens: those in the cache.
+        layers: copied out of the engine: they must not change meanwhile.
+        rungs: the smallest first; the last should be exact, for it is taken whatever comes of the others.
+        asked: ``Asked()`` by default.
+
+    Raises ValueError when there are no rungs, or none of them is exact and none meets what is asked.
+    """
+    wanted = asked or Asked()
+    test: Test | None = None
+    tested = False
+    tried: list[Certificate] = []
+    for codec, usual in rungs:
+        started_s = time.perf_counter()
+        blocks = encode_blocks(codec, engine.spec, layers, workers)
+        certificate = Certificate(codec.name, codec.exact, None, usual, time.perf_counter() - started_s, 0.0)
+        if codec.exact:
+            return Chosen(codec, blocks, certificate, tried)
+        if not tested:
+            test, tested = Test.of(engine, tokens, layers), True
+        if test is None:
+            # Nothing can be measured here: a lossy rung is as good as it usually is.
+            if usual is not None and usual.mean_kl <= wanted.most_kl and usual.top1 >= wanted.least_top1:
+                return Chosen(codec, blocks, certificate, tried)
+            tried.append(certificate)
+            continue
+        started_s = time.perf_counter()
+        decoded = decode_blocks(codec, engine.spec, blocks, layers[0].seen_tokens, workers=workers)
+        decode_s = time.perf_counter() - started_s
+        measured = test.compare(decoded)
+        certificate = msgspec.structs.replace(certificate, measured=measured, decode_s=decode_s)
+        if measured.mean_kl <= wanted.most_kl and measured.top1 >= wanted.least_top1:
+            return Chosen(codec, blocks, certificate, tried)
+        tried.append(certificate)
+    raise ValueError(f"none of {len(tried)} rungs meets {wanted}, and none is exact")
+
+
+def _earlier(state: LayerState, own: LayerSpec, tokens: int) -> LayerState:
+    """A layer as it was after its first ``tokens`` positions, filled where a window has moved on."""
+    found = state.prefix(own, tokens)
+    if found is not None:
+        return found
+    held, wanted = state.keys.shape[1], own.held_tokens(tokens)
+    have = max(1, held - (state.seen_tokens - tokens))
+    rows = np.arange(have - wanted, have) % have
+    return replace(state, keys=state.keys[:, rows], values=state.values[:, rows], seen_tokens=tokens)
+
+
+def _log_probabilities(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    found: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return found
