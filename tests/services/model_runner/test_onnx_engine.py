@@ -59,6 +59,16 @@ def steps(engine: OnnxEngine, cache: KVCache, tokens: list[int]) -> np.ndarray:
     return np.stack([engine.step(cache, token) for token in tokens])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reading_several_positions_gives_each_ones_logits(family: str, engines: dict[str, OnnxEngine]) -> None:
+    engine = engines[f"{family}-fp32"]
+    expected = steps(engine, read(engine, TOKENS[:40]), TOKENS[40:140])
+    cache = read(engine, TOKENS[:40])
+    actual = engine.read(cache, TOKENS[40:140])
+    np.testing.assert_allclose(actual, expected, atol=2e-3 * expected.std())
+    assert cache.length == 140
+
+
 @pytest.mark.parametrize("prompt_tokens", [0, 1, 40, 64, 700])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_in_float32_are_those_of_the_reference_engine(
