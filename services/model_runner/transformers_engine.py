@@ -401,21 +401,31 @@ def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
         with _loading:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                output_loading_info=True,
                 dtype=dtype,
                 attn_implementation=_attention(folder, gguf_file),
                 local_files_only=True,
                 trust_remote_code=False,
                 **source,
             )
-        model = model.to(device).eval()  # type: ignore[arg-type]
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        model: PreTrainedModel = loaded[0].to(device).eval()
+    except Exception as error:
+        # A damaged file raises what safetensors, huggingface_hub or a model's own checks have, of no common base.
         raise ModelUnavailable(
             f"loading the model in {folder}{f' from {gguf_file}' if gguf_file else ''}: {error}",
             hint="install the model again, or its packages (the model extra)",
             reason=type(error).__name__,
         ) from error
+    # transformers fills what a file lacks with random numbers.
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ModelUnavailable(
+            f"loading the model in {folder}: its files have no {missing[0]}"
+            + (f", nor {len(missing) - 1} more of its weights" if len(missing) > 1 else ""),
+            hint="install the model again: its weights and its config.json are not of one model",
+            reason="weights missing",
+        )
     if device.type == "cpu" and dtype is torch.bfloat16 and not has_bf16_products():
         upcast_linears(model)
     return model

@@ -189,6 +189,30 @@ def test_a_folder_without_weights_says_what_is_missing(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("model.safetensors", lambda data: data[: len(data) // 2], "SafetensorError"),
+        ("model.safetensors", lambda _data: b"", "SafetensorError"),
+        ("config.json", lambda _data: b"{", "OSError"),
+        ("config.json", lambda data: data.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": "x"'), "Strict"),
+        ("config.json", lambda data: data.replace(b'"num_attention_heads": 6', b'"num_attention_heads": 0'), "Zero"),
+        # transformers would make up the layer that is not there.
+        ("config.json", lambda data: data.replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 4'), "missing"),
+    ],
+)
+def test_a_damaged_model_is_refused(
+    file: str, damage: Callable[[bytes], bytes], reason: str, small_models: dict[str, Path], tmp_path: Path
+) -> None:
+    for path in small_models["llama"].iterdir():
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(damage(data) if path.name == file else data)
+    assert (tmp_path / file).read_bytes() != (small_models["llama"] / file).read_bytes()
+    with pytest.raises(ModelUnavailable, match="loading the model") as caught:
+        load(tmp_path)
+    assert reason in str(caught.value.reason)
+
+
 def test_an_unknown_dtype_and_an_absent_gpu_are_refused(small_models: dict[str, Path]) -> None:
     with pytest.raises(ModelUnavailable, match="no dtype"):
         load(small_models["llama"], "float8")
