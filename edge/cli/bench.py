@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edge.config import Config
 
-BENCHMARKS = ("broker", "bus", "endpoint", "engines", "model", "record", "start", "units")
+BENCHMARKS = ("broker", "bus", "endpoint", "engines", "model", "record", "snapshot", "start", "units")
 
 
 def bench(
@@ -29,7 +29,8 @@ def bench(
         bool, typer.Option("--quick", help="A short run: shows that it works, its figures mean little.")
     ] = False,
     only: Annotated[
-        str, typer.Option("--only", metavar="PART,…", help="engines: these parts alone; a wrong name lists them.")
+        str,
+        typer.Option("--only", metavar="PART,…", help="engines, snapshot: these parts alone; a wrong name lists them."),
     ] = "",
     model: Annotated[
         str,
@@ -53,12 +54,14 @@ def bench(
         print(f"  {line}", file=sys.stderr, flush=True)
 
     for option, given in (("--only", only), ("--model", model), ("--plot", plot)):
-        if given and name != "engines":
+        if given and name != "engines" and not (name == "snapshot" and option == "--only"):
             raise typer.BadParameter("only `engines` has parts, models and a plot", param_hint=option)
     if name == "engines":
         figures = _engines(module, load(), quick, only, model, plot, progress)
     elif name == "model":
         figures = _model(module, load(), quick, progress)
+    elif name == "snapshot":
+        figures = _snapshot(module, load(), quick, only, progress)
     else:
         figures = module.run(quick=quick, progress=progress)
     if json is not None:
@@ -75,6 +78,24 @@ def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], N
     settings = config.model
     device = "cpu" if settings.device == "auto" else settings.device
     options = module.Options(folder, device=device, dtype=settings.dtype, threads=settings.threads, quick=quick)
+    figures: dict[str, Any] = module.run(options, progress)
+    return figures
+
+
+def _snapshot(module: Any, config: Config, quick: bool, only: str, progress: Callable[[str], None]) -> dict[str, Any]:
+    from edge.models import default_cache_folder, ensure
+
+    settings = config.model
+    folder = ensure(settings.name, on_progress=progress, folders=[Path(each) for each in settings.folders]).folder
+    options = module.Options(
+        folder,
+        default_cache_folder() / "bases",
+        device="cpu" if settings.device == "auto" else settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        quick=quick,
+        **({"parts": only.split(",")} if only else {}),
+    )
     figures: dict[str, Any] = module.run(options, progress)
     return figures
 

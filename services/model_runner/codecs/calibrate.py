@@ -58,6 +58,9 @@ _SHRINK = 0.05
 _DEAD = 0.3
 """Components whose deviation is below this many steps are dropped."""
 _CLASSES_AN_OCTAVE = 4
+_STORED = "bfloat16"
+_TABLE_TOKENS = 3
+"""Every so manieth token goes into the tables: they count far fewer things than axes do."""
 _SEARCHES = 6
 """Halvings of the range of steps, which begins as a factor of 16."""
 
@@ -69,7 +72,7 @@ class _Window:
     tokens: list[int]
     prefix_tokens: int
     planes: list[Plane]
-    """Floats: keys as the cache holds them, and values, of PREFIX tokens."""
+    """Keys as the cache holds them, and values, of the prefix: as bfloat16, which takes half the memory."""
     log_probabilities: torch.Tensor
     """(continuation, vocabulary), after the exact cache."""
 
@@ -101,6 +104,12 @@ def calibrate(
     Raises ModelUnavailable when the texts are too short, or the model's keys are turned in a way that depends on the
     conversation's length.
     """
+    if any(layer.kind == "recurrent" for layer in engine.spec.layers):
+        raise ModelUnavailable(
+            f"calibrating {engine.spec.name}: gradients are not taken through its recurrent layers",
+            hint="use another rung",
+            reason="recurrent layers",
+        )
     size = prefix_tokens + continuation_tokens
     cut = [list(text[at : at + size]) for text in texts for at in range(0, len(text) - size + 1, size)]
     if len(cut) < HELD_BACK + 2:
@@ -209,7 +218,7 @@ def _read(
     leaves = []
     for layer in cache.layers:
         leaves.append([tensor.detach().clone().requires_grad_(True) for tensor in layer.held()])
-    planes = [Plane(*(leaf.detach().float().cpu().numpy() for leaf in pair)) for pair in leaves]
+    planes = [Plane(*(_stored(leaf.detach().float().cpu().numpy()) for leaf in pair)) for pair in leaves]
     cache.close()
     logits = _continue(engine, leaves, tokens[prefix_tokens:], prefix_tokens)
     log_probabilities = torch.log_softmax(logits, -1)
@@ -271,7 +280,7 @@ def _numbers(side: str, layers: Sequence[int], window: _Window, angles: Sequence
     found = []
     for at in layers:
         array = window.planes[at].keys if side == KEYS else window.planes[at].values
-        own = array.transpose(1, 0, 2)
+        own = to_floats(array, _STORED).transpose(1, 0, 2)
         if side == KEYS:
             own = turn(own, -_positions(array, window.prefix_tokens), angles[at])
         sinks = max(0, SINK_TOKENS - (window.prefix_tokens - len(own)))
@@ -282,7 +291,7 @@ def _numbers(side: str, layers: Sequence[int], window: _Window, angles: Sequence
 def _axes(
     side: str, layers: list[int], windows: Sequence[_Window], sums: _Sums, angles: Sequence[Array]
 ) -> tuple[GroupRow, Floats, Floats]:
-    """A group with all its axes, the largest first; their deviations; and the components of all windows' tokens."""
+    """A group with all its axes, the largest first; their deviations; and the components of some tokens."""
     numbers = np.concatenate([_numbers(side, layers, window, angles) for window in windows])
     which = 0 if side == KEYS else 1
     rows = len(numbers) // len(windows)
@@ -297,7 +306,7 @@ def _axes(
     scales = (1 / np.linalg.norm(whole.astype(np.float32), axis=1)).astype(np.float32)
     deviations = np.sqrt(np.maximum(size[::-1], 0)).astype(np.float32)
     row = GroupRow(side, list(layers), len(whole), mean.tobytes(), weights.tobytes(), whole.tobytes(), scales.tobytes())
-    return row, deviations, numbers @ (whole * scales[:, None]).T
+    return row, deviations, numbers[::_TABLE_TOKENS] @ (whole * scales[:, None]).T
 
 
 def _level(
@@ -369,12 +378,12 @@ def _search(
 
 def _measured(engine: TransformersEngine, file: BasisFile, row: LevelRow, held: Sequence[_Window]) -> LevelRow:
     """``row`` with what it does to the held-back windows, whose 16-bit size is the baseline."""
-    spec = replace(engine.spec, dtype="bfloat16")
+    spec = replace(engine.spec, dtype=_STORED)
     codec = Transform(read_basis(write_basis(_trimmed(file, [row])), spec), row.name)
     divergence, same, count, raw, coded = 0.0, 0, 0, 0, 0
     for window in held:
         states = [
-            LayerState(own.kind, spec.dtype, _stored(plane.keys), _stored(plane.values), window.prefix_tokens)
+            LayerState(own.kind, spec.dtype, plane.keys, plane.values, window.prefix_tokens)
             for own, plane in zip(spec.layers, window.planes, strict=True)
         ]
         blocks = encode_blocks(codec, spec, states)
@@ -396,9 +405,8 @@ def _measured(engine: TransformersEngine, file: BasisFile, row: LevelRow, held: 
 
 
 def _stored(values: Floats) -> Array:
-    """As bfloat16."""
-    found = np.empty(values.shape, STORAGE_DTYPES["bfloat16"])
-    from_floats(np.array(values), "bfloat16", found)
+    found = np.empty(values.shape, STORAGE_DTYPES[_STORED])
+    from_floats(np.array(values), _STORED, found)
     return found
 
 
