@@ -24,6 +24,7 @@ from bench.report import Progress
 from protocol.errors import ModelError
 from protocol.identity import digest
 from protocol.manifest import SnapshotManifest, verify_chunk
+from protocol.sealing import DataKey
 from services.model_runner.engine import Engine, KVCache, LayerState, Logits, OnProgress, ShouldStop
 from services.model_runner.generation import GenerationSettings, GenerationState, begin, generate
 from services.model_runner.sampling import SamplingSettings
@@ -32,6 +33,8 @@ from services.model_runner.snapshot import pack, unpack
 RESUMED_TOKENS = 64
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MANIFEST = "manifest.msgpack"
+_KEY = DataKey(bytes(32))
+"""Both processes know it: what is measured is the state, not who may read it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class _Continuation(msgspec.Struct):
 
 def _save(engine: Engine, state: GenerationState, folder: Path) -> int:
     folder.mkdir()
-    packed = pack(engine, state, conversation=folder.name, creator="bench")
+    packed = pack(engine, state, conversation=folder.name, creator="bench", key=_KEY)
     (folder / _MANIFEST).write_bytes(msgspec.msgpack.encode(packed.manifest))
     for index, chunk in enumerate(packed.chunks):
         (folder / f"{index:06}.chunk").write_bytes(chunk)
@@ -159,7 +162,7 @@ def _load(engine: Engine, folder: Path) -> tuple[GenerationState, str]:
     chunks = [path.read_bytes() for path in sorted(folder.glob("*.chunk"))]
     for index, (ref, chunk) in enumerate(zip(manifest.chunks, chunks, strict=True)):
         verify_chunk(ref, chunk, index=index)
-    unpacked = unpack(engine, manifest, chunks)
+    unpacked = unpack(engine, manifest, _KEY, chunks)
     return unpacked.state, unpacked.how
 
 

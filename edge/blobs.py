@@ -11,12 +11,14 @@ manifest and stored before it counts, so a cut transfer goes on where it was.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import re
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +44,7 @@ MAX_BAD = 3
 """So often may one chunk come damaged before its holder's copy is held to be."""
 PULL_TTL_MS = 10_000
 SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
+_DAMAGED: tuple[type[Exception], ...] = (BlobError, *UNREADABLE)
 
 
 class Chunked(Protocol):
@@ -84,13 +87,16 @@ class SnapshotStore:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._manifests = folder / "manifests"
         self._chunks = folder / "chunks"
         with storage_errors(f"making the snapshot folder {folder}"):
             self._manifests.mkdir(parents=True, exist_ok=True)
             self._chunks.mkdir(parents=True, exist_ok=True)
 
-    def save(self, signed: SignedManifest, refs: Sequence[ChunkRef], chunks: Sequence[bytes | memoryview]) -> str:
+    def save(
+        self, signed: SignedManifest, refs: Sequence[ChunkRef], chunks: Sequence[bytes | bytearray | memoryview]
+    ) -> str:
         """Write chunks, then the manifest, each synced to disk; the snapshot's id. Raises StorageError."""
         for ref, chunk in zip(refs, chunks, strict=True):
             self.put_chunk(ref, chunk)
@@ -102,11 +108,88 @@ class SnapshotStore:
         write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
         return identifier
 
-    def put_chunk(self, ref: ChunkRef, data: bytes | memoryview) -> None:
+    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview) -> None:
         """Write one chunk unless it is here, whole. Raises StorageError."""
         # Compared, not only looked for: what was damaged on the disk is healed by saving or fetching it again.
         if self.chunk(ref) != data:
             write_atomically(self._chunk_path(ref), data)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While chunks are put whose manifest is still to come, so that ``remove`` takes none of them away."""
+        with self._locked(fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        with storage_errors(f"locking {self._folder}"):
+            descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def identifiers(self) -> list[str]:
+        """Of every snapshot here, the newest file first. Raises StorageError."""
+        with storage_errors(f"looking into {self._manifests}"):
+            found = [path for path in self._manifests.iterdir() if SNAPSHOT_ID.fullmatch(path.name)]
+            return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
+
+    def find(self, prefix: str) -> str:
+        """The id of the one snapshot that begins so. Raises NotFound, or BlobError when several do."""
+        found = [each for each in self.identifiers() if each.startswith(prefix.lower())]
+        if not found:
+            raise NotFound(
+                f"looking for snapshot {prefix[:64]}: this node does not hold it",
+                hint="`mindstream snapshot list` shows those that it holds",
+                field="snapshot",
+            )
+        if len(found) > 1:
+            raise BlobError(
+                f"looking for snapshot {prefix[:64]}: {len(found)} begin so: {', '.join(i[:16] for i in found[:4])}",
+                hint="give more digits",
+                field="snapshot",
+                reason="ambiguous",
+            )
+        return found[0]
+
+    def remove(self, identifier: str) -> int:
+        """Remove a snapshot, and those of its chunks that no other has; the bytes that came free.
+
+        Raises NotFound; BlobError while snapshots are being written; StorageError.
+        """
+        try:
+            with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return self._remove(identifier)
+        except BlockingIOError:
+            raise BlobError(
+                f"removing snapshot {identifier[:12]}: a snapshot is being saved or fetched",
+                hint="try again in a moment",
+                reason="in use",
+            ) from None
+
+    def _remove(self, identifier: str) -> int:
+        own = self._chunk_sizes(identifier)
+        others = [other for other in self.identifiers() if other != identifier]
+        shared = set().union(*(self._chunk_sizes(other) for other in others))
+        freed_bytes = 0
+        with storage_errors(f"removing snapshot {identifier[:12]}"):
+            (self._manifests / identifier).unlink()  # first: a snapshot without its manifest is none
+            for name in own.keys() - shared:
+                with contextlib.suppress(FileNotFoundError):
+                    (self._chunks / name).unlink()
+                    freed_bytes += own[name]
+        return freed_bytes
+
+    def _chunk_sizes(self, identifier: str) -> dict[str, int]:
+        """Names and sizes of a snapshot's chunks; of a damaged manifest none. Raises NotFound."""
+        try:
+            manifest = msgspec.msgpack.decode(self.manifest(identifier).manifest, type=SnapshotManifest)
+            return {ref.digest.hex(): ref.size_bytes for ref in manifest.chunks}
+        except _DAMAGED as error:
+            log.warning("the chunks of snapshot %s are not known: %s", identifier[:12], error)
+            return {}
 
     def manifest(self, identifier: str) -> SignedManifest:
         """The signed manifest of a snapshot. Raises NotFound, or BlobError when the file is damaged."""

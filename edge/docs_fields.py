@@ -12,10 +12,19 @@ from typing import Any
 import msgspec
 
 from edge.docs_text import plain, table
-from protocol import built_manifest, codec, entries, errors, manifest, messages
+from protocol import built_manifest, codec, entries, errors, manifest, messages, provenance, sealing
 from protocol.topics import KIB
 
-SOURCES: tuple[ModuleType, ...] = (messages, entries, manifest, built_manifest, errors, codec)
+SOURCES: tuple[ModuleType, ...] = (
+    messages,
+    entries,
+    manifest,
+    sealing,
+    provenance,
+    built_manifest,
+    errors,
+    codec,
+)
 
 
 class Fields:
@@ -39,7 +48,7 @@ class Fields:
         rows = []
         for node in self._classes[struct.__name__].body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                default = f"`{json.dumps(_value(node.value))}`" if node.value is not None else "required"
+                default = f"{_shown(_value(node.value))}" if node.value is not None else "required"
                 rows.append((f"`{node.target.id}`", self._type(node.annotation), default, texts[node.target.id]))
         return table(("field", "type", "default", "meaning"), rows) if rows else "No fields."
 
@@ -60,6 +69,10 @@ class Fields:
             if node.value.id == "Annotated":
                 base, *rest = node.slice.elts
                 return ", ".join([self._type(base), *filter(None, map(self._constraint, rest))])
+            if node.value.id == "Literal":
+                return " or ".join(f"`{_value(each)}`" for each in node.slice.elts)
+            if node.value.id == "tuple":
+                return f"list of {self._type(node.slice.elts[0])}"
             return f"map of {self._type(node.slice.elts[0])} to {self._type(node.slice.elts[1])}"
         if isinstance(node, ast.Subscript):
             return f"list of {self._type(node.slice)}"
@@ -96,6 +109,11 @@ _WIRE_TYPES = {
     "Count": "integer ≥ 0",
     "msgspec.Raw": "any",
 }
+
+
+def _shown(value: Any) -> str:
+    """A default, as a reader of any language knows it."""
+    return "empty" if value == b"" else f"`{json.dumps(value)}`"
 
 
 def _value(node: ast.expr) -> Any:

@@ -24,8 +24,10 @@ from protocol.entries import (
 )
 from protocol.errors import MindstreamError
 from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, DOMAIN_ENTRY, DOMAIN_MANIFEST, SIGNATURE_BYTES
-from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_SNAPSHOT_BYTES, SnapshotManifest
+from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_SNAPSHOT_BYTES, PrivatePart, SnapshotManifest
 from protocol.messages import MESSAGES
+from protocol.provenance import Statement
+from protocol.sealing import KeyWrap
 from protocol.topics import MAX_PACKET_BYTES, ROOT, TOPICS
 
 _PROTOCOL = """\
@@ -125,11 +127,27 @@ Entries of scope `private` never leave their node.
 
 ### Manifests
 A [SignedManifest](#signedmanifest) has the msgpack of a snapshot's manifest, and the `signature` by its `creator` over
-`{domain_manifest}` and these bytes. The snapshot's id is the digest of the same bytes, in 64 hexadecimal digits.
+`{domain_manifest}` and these bytes. The snapshot's id is the digest of the same bytes, in 64 hexadecimal digits. Key
+wraps and provenance stand beside them, each signed by whom it is of. [snapshots.md](snapshots.md) says how a snapshot
+is encrypted, and shows a program that reads one.
 
 {manifest}
-Of a manifest only `creator` is read before its signature has been checked. Then: `version` is 1; `total_bytes` is the
-sum of the chunks; no chunk is empty or above its limit; `tokens` has one token more than `cached_tokens`.
+Of a manifest only `creator` is read before its signature has been checked. Then: `version` is 2; the bytes are
+canonical msgpack (keys in order, none twice, shortest forms, floats of 64 bits); layers, blocks and parts are of one
+state of `cached_tokens` positions; `total_bytes` is the sum of the chunks.
+
+`sealed` is, encrypted, the msgpack of
+
+{private}
+A wrap is a [SignedWrap](#signedwrap): the msgpack of
+
+{wrap}
+Provenance is a list of [SignedStatement](#signedstatement)s: each the msgpack of
+
+{statement}
+A chain begins with `created`, and has no other. Statements are of the same snapshot as the one before, but `pruned` and
+`transcoded`, which make another one `from` it; the manifest's creator must have made the last. Who signed the last
+statement must be trusted; of others it may be unknown.
 
 ### Manifests of built models
 A [SignedBuiltManifest](#signedbuiltmanifest) has the msgpack of a built model's manifest, and the `signature` by its
@@ -161,8 +179,8 @@ message; with `more` the rest is to be asked for. Entries may come twice, and be
 A built model travels in the same way: `model.built.ask` gets its signed manifest, and `blob.pull` names in `snapshot`
 the BLAKE3 of that manifest's bytes, in hexadecimal. Then every file is checked by its SHA-256, and against the card.
 
-Chunks may come twice and in any order. A cut transfer goes on with the bitmap of what is here; all chunks but the last
-of a snapshot have {chunk:,} bytes.
+Chunks may come twice and in any order. A cut transfer goes on with the bitmap of what is here. A snapshot's chunks are
+sealed; all but the last of a part have {chunk:,} bytes.
 
 ## Limits
 {limits}
@@ -206,6 +224,9 @@ def protocol_page() -> str:
             entry_header=fields.table(EntryHeader),
             memory_content=fields.table(MemoryContent),
             manifest=fields.table(SnapshotManifest),
+            private=fields.table(PrivatePart),
+            wrap=fields.table(KeyWrap),
+            statement=fields.table(Statement),
             built_manifest=fields.table(BuiltManifest),
             hlc_ms=64 - COUNTER_BITS,
             hlc_counter=COUNTER_BITS,

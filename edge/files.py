@@ -34,7 +34,7 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path, data: bytes | memoryview, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+    path: Path, data: bytes | bytearray | memoryview, *, mode: int = 0o600, owner: tuple[int, int] | None = None
 ) -> None:
     """Write ``data`` to ``path``, synced to disk: after a crash the old file is there, or the new one, whole.
 

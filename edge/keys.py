@@ -2,6 +2,8 @@
 
 ``keys/node.key`` holds the 32-byte private key, readable by its owner alone. ``keys/peers.json`` maps node names to
 fingerprints; services read it again when it has changed, so that trust given by the CLI takes effect at once.
+``keys/sealing.json`` maps them to the sealing keys that they announced (``protocol.identity``), each signed with the
+key that the fingerprint is: one that its node did not sign, or of a node that is not trusted, counts for nothing.
 """
 
 from __future__ import annotations
@@ -80,36 +82,65 @@ class Peers:
     def __init__(self, data_dir: Path, own: Identity) -> None:
         self._folder = _folder(data_dir)
         self._path = self._folder / "peers.json"
+        self._sealing_path = self._folder / "sealing.json"
         self._own = own
-        self._stamp: tuple[int, int] | None = None
-        self._keyring = Keyring({own.node: own.fingerprint})
+        self._stamp: tuple[tuple[int, int], ...] = ()
+        self._keyring = Keyring()
 
     def keyring(self) -> Keyring:
         """This node's key and those it trusts; read again when the table has changed. Raises StorageError."""
-        with storage_errors(f"reading {self._path}"):
-            try:
-                found = self._path.stat()
-                stamp = (found.st_mtime_ns, found.st_ino)
-            except FileNotFoundError:
-                stamp = (0, 0)
+        stamp = tuple(self._stamp_of(path) for path in (self._path, self._sealing_path))
         if stamp != self._stamp:
-            self._keyring = Keyring({**self.table(), self._own.node: self._own.fingerprint})
-            self._stamp = stamp
+            keyring = Keyring({**self.table(), self._own.node: self._own.fingerprint})
+            for node, announced in {**self._read(self._sealing_path), self._own.node: self._own.sealing_key}.items():
+                with contextlib.suppress(TrustError):  # of a key that was replaced, or a peer that was forgotten
+                    keyring.add_sealing_key(node, announced)
+            self._keyring, self._stamp = keyring, stamp
         return self._keyring
+
+    @staticmethod
+    def _stamp_of(path: Path) -> tuple[int, int]:
+        with storage_errors(f"reading {path}"):
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                return 0, 0
+        return found.st_mtime_ns, found.st_ino
 
     def table(self) -> dict[str, str]:
         """Node name to fingerprint. Raises StorageError when the file is damaged."""
-        with storage_errors(f"reading {self._path}"):
+        return self._read(self._path)
+
+    def learn_sealing_key(self, node: str, announced: str) -> bool:
+        """Keep the sealing key that ``node`` announced; whether it is a key of a node that is trusted.
+
+        Raises StorageError.
+        """
+        keyring = self.keyring()
+        try:
+            public_key = keyring.read_sealing_key(node, announced)
+        except TrustError:
+            return False
+        if node != self._own.node and keyring.sealing_keys.get(node) != public_key:
+            with _locked(self._folder):
+                self._write(self._sealing_path, {**self._read(self._sealing_path), node: announced})
+        return True
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, str]:
+        with storage_errors(f"reading {path}"):
             try:
-                body = self._path.read_bytes()
+                body = path.read_bytes()
             except FileNotFoundError:
                 return {}
         try:
             return msgspec.json.decode(body, type=dict[str, str])
         except UNREADABLE as error:
-            raise StorageError(
-                f"reading {self._path}: {error}", hint="mend the JSON, or remove it and trust again"
-            ) from None
+            raise StorageError(f"reading {path}: {error}", hint="mend the JSON, or remove it and trust again") from None
+
+    @staticmethod
+    def _write(path: Path, table: dict[str, str]) -> None:
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(table, order="sorted")) + b"\n")
 
     def trust(self, node: str, fingerprint: str, *, replace: bool = False) -> None:
         """Trust ``fingerprint`` as the key of ``node``.
@@ -131,7 +162,7 @@ class Peers:
                     reason="other key",
                 )
             table[node] = wanted
-            write_atomically(self._path, msgspec.json.format(msgspec.json.encode(table, order="sorted")) + b"\n")
+            self._write(self._path, table)
 
     def forget(self, node: str) -> bool:
         """Trust ``node`` no longer; whether it was trusted. Raises StorageError."""
@@ -139,5 +170,5 @@ class Peers:
             table = self.table()
             found = table.pop(node, None) is not None
             if found:
-                write_atomically(self._path, msgspec.json.format(msgspec.json.encode(table, order="sorted")) + b"\n")
+                self._write(self._path, table)
             return found

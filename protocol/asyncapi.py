@@ -21,6 +21,8 @@ from protocol.entries import EntryHeader, MemoryContent, SignedEntry
 from protocol.ids import NAME_PATTERN
 from protocol.manifest import SignedManifest, SnapshotManifest
 from protocol.messages import MESSAGES, MessageRow
+from protocol.provenance import SignedStatement, Statement
+from protocol.sealing import KeyWrap, SignedWrap
 from protocol.topics import MAX_PACKET_BYTES, TOPICS, Topic
 
 SPECIFICATION = "3.0.0"
@@ -32,6 +34,8 @@ NESTED: dict[tuple[type[msgspec.Struct], str], type[msgspec.Struct]] = {
     (SignedEntry, "header"): EntryHeader,
     (SignedEntry, "content"): MemoryContent,
     (SignedManifest, "manifest"): SnapshotManifest,
+    (SignedWrap, "wrap"): KeyWrap,
+    (SignedStatement, "statement"): Statement,
 }
 """Binary fields that are msgpack in turn: signed as bytes, so they travel as bytes."""
 
@@ -298,7 +302,7 @@ def _binary(schema: dict[str, Any], info: msgspec.inspect.Type) -> dict[str, Any
         if info.max_length is not None:
             binary["x-max-bytes"] = info.max_length
         return binary
-    if isinstance(info, inspected.ListType) and "items" in schema:
+    if isinstance(info, (inspected.ListType, inspected.VarTupleType)) and "items" in schema:
         return {**schema, "items": _binary(schema["items"], info.item_type)}
     if isinstance(info, inspected.UnionType) and any(isinstance(each, inspected.BytesType) for each in info.types):
         kinds: Sequence[inspected.Type] = info.types

@@ -1,24 +1,48 @@
-"""Blob manifests: the signed bytes that say what a snapshot is and which chunks hold it.
+"""Snapshot manifests: the signed bytes that say what a snapshot is and which sealed chunks hold it.
 
-A snapshot's id is the BLAKE3 of its manifest's bytes. Chunks are addressed by their own BLAKE3. Token ids are
-always inside, so that any snapshot can be resumed by reading again.
+A snapshot's id is the BLAKE3 of its manifest's bytes. Positions are cut at absolute multiples of 256 tokens into
+blocks, each encoded and sealed by itself (``protocol.sealing``), so that snapshots of one conversation share the blocks
+of their common prefix. Token ids are always inside, sealed as what they are the key to is: any snapshot can be resumed
+by reading again.
+
+Bytes are canonical msgpack: maps sorted by their keys, no key twice, every number and length in its shortest form,
+floats of 64 bits, no extension types. What is not is refused, so no two readers can see two things in one signature.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
+from msgspec import Meta
 
-from protocol.errors import UNREADABLE, BadSignature, MalformedMessage
+from protocol.errors import UNREADABLE, BadSignature, MalformedMessage, SnapshotRefused
 from protocol.identity import DIGEST_BYTES, DOMAIN_MANIFEST, Identity, Keyring, digest
+from protocol.provenance import SignedStatement
+from protocol.sealing import MAX_CHUNK_BYTES as MAX_CHUNK_BYTES
+from protocol.sealing import (
+    MAX_PLAIN_BYTES,
+    ROLE_PRIVATE,
+    SEAL_BYTES,
+    DataKey,
+    SignedWrap,
+    chunk_role,
+)
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MAX_MANIFEST_BYTES = 960 * 1024
 """A manifest crosses the bus in one message, below the 1 MiB limit of every broker that Mindstream configures."""
-MAX_CHUNK_BYTES = 512 * 1024
+MAX_BESIDE_BYTES = 56 * 1024
+"""So many bytes of wraps and provenance cross the bus beside it."""
 MAX_SNAPSHOT_BYTES = 64 * 1024**3
 """A manifest that claims more is refused before anything is allocated."""
+BLOCK_TOKENS = 256
+PART_SLACK_BYTES = 64 * 1024
+"""A codec's output may be so much longer than its input, and no more."""
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DOMAIN_PREFIX = b"mindstream/v1/prefix\0"
 
 
 class NumericsFingerprint(msgspec.Struct, frozen=True):
@@ -69,7 +93,7 @@ class ChunkRef(msgspec.Struct, frozen=True):
     """One content-addressed chunk of at most 512 KiB."""
 
     digest: bytes
-    """BLAKE3, 32 bytes, of the chunk's bytes."""
+    """BLAKE3, 32 bytes, of the chunk's bytes, which are sealed."""
     size_bytes: int
 
 
@@ -79,13 +103,67 @@ class ModelDigests(msgspec.Struct, frozen=True):
     weights: bytes
     tokenizer: bytes
     config: bytes
+    adapters: tuple[bytes, ...] = ()
+    """Of the adapters that are on the weights, in the order in which they were put there."""
 
 
-class SnapshotManifest(msgspec.Struct, omit_defaults=True):
+class CodecRef(msgspec.Struct, frozen=True):
+    """How blocks are encoded."""
+
+    name: str
+    """``raw``: each layer's keys, then its values, as they lie in memory, little-endian."""
+    version: int
+    params: dict[str, Any]
+    """Of the codec, plain msgpack types."""
+
+
+RAW = CodecRef("raw", 1, {})
+
+
+class Certificate(msgspec.Struct, frozen=True):
+    """How faithful a snapshot is that is not exact: its decoded KV against the KV that it was made from."""
+
+    tested_tokens: int
+    """Positions, the last of the context, whose next-token distributions were compared."""
+    mean_kl: float | None
+    """Mean Kullback-Leibler divergence in nats, from the exact distribution to the decoded one."""
+    top1: float | None
+    """Share of these positions whose likeliest token is the same."""
+    measured: list[str]
+    """Which of these figures were measured on this snapshot; any other is the codec's usual one."""
+
+
+class Part(msgspec.Struct):
+    """Encoded content of one kind, in sealed chunks."""
+
+    encoded_bytes: int
+    """Before sealing. Cut every 524,260 bytes, so the chunks' sizes follow: each is 28 bytes longer than its cut."""
+    digests: bytes
+    """BLAKE3 of every chunk's sealed bytes, 32 bytes each, one after another."""
+
+    def chunks(self) -> Iterator[ChunkRef]:
+        """Every chunk, in order."""
+        for index, offset in enumerate(range(0, self.encoded_bytes, MAX_PLAIN_BYTES)):
+            size = min(MAX_PLAIN_BYTES, self.encoded_bytes - offset)
+            yield ChunkRef(self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES], size + SEAL_BYTES)
+
+
+class Block(msgspec.Struct, omit_defaults=True):
+    """Up to 256 positions: of every layer that holds them its keys, then its values, (kv_heads, tokens, head_dim)."""
+
+    tokens: int
+    """256, but in the last one."""
+    full: Part | None = None
+    """The layers of full attention."""
+    sliding: Part | None = None
+    """The sliding layers, as far as they still hold positions of this block."""
+
+
+class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
     """What a snapshot holds. Its encoded bytes are what is signed, stored and forwarded."""
 
     version: int
-    """1. Others are refused."""
+    """2. Others are refused."""
     model: str
     """The model's name, for people; ``digests`` decide."""
     digests: ModelDigests
@@ -99,37 +177,105 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True):
     kv_dtype: str
     """Of the cached keys and values, such as ``bfloat16``."""
     layers: list[LayerLayout]
-    codec: str
-    """``raw``: each layer's keys, then its values, as they lie in memory, little-endian."""
-    codec_params: dict[str, Any]
+    codec: CodecRef
     cached_tokens: int
-    """Positions in the KV cache: always one less than ``len(tokens)``."""
-    tokens: bytes
-    """All token ids, the pending one last, uint32 little-endian."""
+    """Positions in the KV cache: always one less than there are token ids."""
+    blocks: list[Block]
+    """In order; together they hold ``cached_tokens``."""
+    key_id: bytes
+    """Of the data key, 32 bytes."""
+    sealed: bytes
+    """The sealed msgpack of PrivatePart, in the role ``mindstream/v1/private\\0``."""
+    total_bytes: int
+    """Sum of the chunks' sizes."""
+    states: list[list[StateLayout]] = []
+    """The arrays of each layer's recurrent part, an empty list for a layer without one; empty when no layer has one."""
+    recurrent: Part | None = None
+    """All arrays of ``states``, as they are after the last cached position; never lossy."""
+    logits: Part | None = None
+    """float32, little-endian, one for each id of the vocabulary: what reading the pending token gives, so that who
+    resumes can check the first step."""
+    parent: bytes = b""
+    """Digest of the snapshot that the conversation was saved as, or resumed from, before; empty when there is none."""
+    sharing: Literal["peers", "creator"] = "peers"
+    """Who may wrap the data key for further readers: any holder for nodes that it trusts, or the creator alone."""
+    certificate: Certificate | None = None
+    """How faithful it is; none: the codec is exact, or nothing was measured."""
+
+    @cached_property
+    def chunks(self) -> list[ChunkRef]:
+        """Every chunk, in order: of each block the full part, then the sliding one; then recurrent, then logits."""
+        return [chunk for _, part in self.parts() for chunk in part.chunks()]
+
+    def parts(self) -> Iterator[tuple[PartPlace, Part]]:
+        """Every part and where it belongs, in the order of their chunks."""
+        for index, block in enumerate(self.blocks):
+            if block.full is not None:
+                yield PartPlace("full", index), block.full
+            if block.sliding is not None:
+                yield PartPlace("sliding", index), block.sliding
+        last = len(self.blocks) - 1
+        if self.recurrent is not None:
+            yield PartPlace("recurrent", last), self.recurrent
+        if self.logits is not None:
+            yield PartPlace("logits", last), self.logits
+
+
+class PartPlace(NamedTuple):
+    """Where a part belongs."""
+
+    kind: str
+    """``full``, ``sliding``, ``recurrent`` or ``logits``."""
+    block: int
+    """Index of the block; of the last one for what belongs to the whole prefix; -1 when there is none."""
+
+    def address(self, addresses: Sequence[bytes]) -> bytes:
+        """Of its block, or the chain's root when there is no block: the last of ``addresses``."""
+        return addresses[self.block]
+
+    def role(self, addresses: Sequence[bytes], codec: CodecRef, index: int) -> bytes:
+        """Of its chunk ``index``. What is no KV has the raw codec always."""
+        used = codec if self.kind in ("full", "sliding") else RAW
+        return chunk_role(self.kind, self.address(addresses), used, index)
+
+
+class PrivatePart(msgspec.Struct):
+    """What of a snapshot its readers alone see."""
+
+    addresses: bytes
+    """The prefix address of every block, 32 bytes each, and behind them the root of their chain."""
     sampler: dict[str, Any]
     """The sampler's settings and RNG state, plain msgpack types."""
     state: dict[str, Any]
     """The rest of the generation state: messages, settings, counts."""
-    total_bytes: int
-    """Sum of the chunks' sizes."""
-    chunks: list[ChunkRef]
-    states: list[list[StateLayout]] = []
-    """The arrays of each layer's recurrent part, an empty list for a layer without one; empty when no layer has one."""
+    tokens: bytes
+    """All token ids, the pending one last, uint32 little-endian."""
+
+    def address_list(self) -> list[bytes]:
+        """The addresses one by one."""
+        return [self.addresses[at : at + DIGEST_BYTES] for at in range(0, len(self.addresses), DIGEST_BYTES)]
 
 
-class SignedManifest(msgspec.Struct):
-    """A manifest as it is stored and as it crosses the bus."""
+class SignedManifest(msgspec.Struct, omit_defaults=True):
+    """A manifest as it is stored and as it crosses the bus. What is beside the signed bytes grows on its way."""
 
     manifest: bytes
     """msgpack of SnapshotManifest: the signed bytes."""
     signature: bytes
     """Ed25519 over the domain ``mindstream/v1/manifest\\0`` and ``manifest``."""
+    wraps: Annotated[list[SignedWrap], Meta(max_length=1024)] = []
+    """The data key, wrapped for each reader; over the bus, for the asker and for groups."""
+    provenance: Annotated[list[SignedStatement], Meta(max_length=128)] = []
+    """What happened to the snapshot, oldest first."""
 
 
 T = TypeVar("T")
 
-_encoder = msgspec.msgpack.Encoder()
+_UNREADABLE: tuple[type[Exception], ...] = (TypeError, *UNREADABLE)
+"""TypeError: of a map whose keys have no order among each other."""
+_canonical = msgspec.msgpack.Encoder(order="sorted")
 _decoder = msgspec.msgpack.Decoder(SnapshotManifest)
+_private_decoder = msgspec.msgpack.Decoder(PrivatePart)
 
 
 class _Creator(msgspec.Struct):
@@ -148,7 +294,7 @@ def snapshot_id(signed: SignedManifest) -> str:
 
 def seal_manifest(identity: Identity, manifest: SnapshotManifest) -> SignedManifest:
     """Sign ``manifest``. Raises MalformedMessage when it is above its limit."""
-    body = _encoder.encode(manifest)
+    body = _canonical.encode(manifest)
     if len(body) > MAX_MANIFEST_BYTES:
         raise MalformedMessage(
             f"sealing a snapshot manifest of {len(body):,} bytes: above the limit of {MAX_MANIFEST_BYTES:,}",
@@ -185,31 +331,181 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
 
     Raises MalformedMessage, UnknownPeer or BadSignature.
     """
-
-    def malformed(field: str, reason: str) -> MalformedMessage:
-        return _malformed("a snapshot manifest", field, reason)
-
     manifest = read_signed("a snapshot manifest", DOMAIN_MANIFEST, signed.manifest, signed.signature, _decoder, keyring)
     if manifest.version != MANIFEST_VERSION:
-        raise malformed("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
-    if any(
-        not 0 < chunk.size_bytes <= MAX_CHUNK_BYTES or len(chunk.digest) != DIGEST_BYTES for chunk in manifest.chunks
+        raise _refuse("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
+    if not is_canonical(signed.manifest):
+        raise _refuse("manifest", "it is not canonical msgpack")
+    digests = manifest.digests
+    for field, value in (
+        ("key_id", manifest.key_id),
+        *(("digests", each) for each in (digests.weights, digests.tokenizer, digests.config, *digests.adapters)),
+        *((("parent", manifest.parent),) if manifest.parent else ()),
     ):
-        raise malformed("chunks", f"a chunk is empty or above {MAX_CHUNK_BYTES:,} bytes, or its digest is not 32 bytes")
-    if manifest.total_bytes != sum(chunk.size_bytes for chunk in manifest.chunks):
-        raise malformed("total_bytes", f"{manifest.total_bytes:,} is not the sum of the chunks")
-    if manifest.total_bytes > MAX_SNAPSHOT_BYTES:
-        raise malformed("total_bytes", f"{manifest.total_bytes:,}, limit {MAX_SNAPSHOT_BYTES:,}")
-    if (
-        manifest.cached_tokens < 0
-        or len(manifest.tokens) % 4
-        or len(manifest.tokens) // 4 != manifest.cached_tokens + 1
-    ):
-        raise malformed(
-            "tokens",
-            f"{len(manifest.tokens)} bytes for {manifest.cached_tokens} cached tokens and a pending one",
-        )
+        if len(value) != DIGEST_BYTES:
+            raise _refuse(field, f"{len(value)} bytes, a digest has {DIGEST_BYTES}")
+    _check_layout(manifest)
+    _check_parts(manifest)
     return manifest
+
+
+def is_canonical(body: bytes) -> bool:
+    """Whether msgpack bytes are in the one form that this protocol signs."""
+    try:
+        return _canonical.encode(msgspec.msgpack.decode(body)) == body
+    except _UNREADABLE:
+        return False
+
+
+def _refuse(field: str, reason: str) -> MalformedMessage:
+    return _malformed("a snapshot manifest", field, reason)
+
+
+def _check_layout(manifest: SnapshotManifest) -> None:
+    """Raises MalformedMessage unless layers, states and blocks are of one state of ``cached_tokens`` positions."""
+    cached = manifest.cached_tokens
+    if not 0 <= cached < 2**31:
+        raise _refuse("cached_tokens", f"{cached:,}")
+    if manifest.kv_dtype not in DTYPE_BYTES:
+        raise _refuse("kv_dtype", f"{manifest.kv_dtype[:80]!r} is none of {', '.join(DTYPE_BYTES)}")
+    for index, layer in enumerate(manifest.layers):
+        field = f"layers[{index}]"
+        if layer.kind not in ("full", "sliding", "recurrent"):
+            raise _refuse(f"{field}.kind", f"{layer.kind[:80]!r} is unknown")
+        if not (0 <= layer.kv_heads <= 2**16 and 0 <= layer.head_dim <= 2**16 and 0 <= layer.window_tokens < 2**31):
+            raise _refuse(field, "a size is out of range")
+        most = {"full": cached, "sliding": min(cached, max(0, layer.window_tokens - 1)), "recurrent": 0}[layer.kind]
+        if (layer.seen_tokens, layer.tokens) != (cached, most):
+            raise _refuse(
+                field, f"holds {layer.tokens:,} of {layer.seen_tokens:,} tokens, expected {most:,} of {cached:,}"
+            )
+    if manifest.states and len(manifest.states) != len(manifest.layers):
+        raise _refuse("states", f"of {len(manifest.states)} layers, there are {len(manifest.layers)}")
+    for arrays in manifest.states:
+        if any(
+            len(array.shape) > 8 or not all(0 < size <= 2**24 for size in array.shape) or array.dtype not in DTYPE_BYTES
+            for array in arrays
+        ):
+            raise _refuse("states", "a shape or a dtype is out of range")
+    count = -(-cached // BLOCK_TOKENS)
+    if len(manifest.blocks) != count or any(
+        block.tokens != min(BLOCK_TOKENS, cached - index * BLOCK_TOKENS) for index, block in enumerate(manifest.blocks)
+    ):
+        raise _refuse("blocks", f"they do not cut {cached:,} positions at multiples of {BLOCK_TOKENS}")
+
+
+def _check_parts(manifest: SnapshotManifest) -> None:
+    """Raises MalformedMessage unless every part is there whose layers hold something, and no larger than they are."""
+    for index, block in enumerate(manifest.blocks):
+        for kind, part in (("full", block.full), ("sliding", block.sliding)):
+            field = f"blocks[{index}].{kind}"
+            plain = plain_bytes(manifest, PartPlace(kind, index))
+            if (part is not None) != (plain > 0):
+                raise _refuse(field, f"its layers hold {plain:,} bytes there")
+            if part is not None:
+                _check_part(field, part, plain + PART_SLACK_BYTES)
+    plain = plain_bytes(manifest, PartPlace("recurrent", -1))
+    if (manifest.recurrent is not None) != (plain > 0):
+        raise _refuse("recurrent", f"the layers hold {plain:,} bytes")
+    if manifest.recurrent is not None:
+        _check_part("recurrent", manifest.recurrent, plain)
+    if manifest.logits is not None:
+        _check_part("logits", manifest.logits, 2**26)
+    if manifest.total_bytes != sum(chunk.size_bytes for chunk in manifest.chunks):
+        raise _refuse("total_bytes", f"{manifest.total_bytes:,} is not the sum of the chunks")
+    if manifest.total_bytes > MAX_SNAPSHOT_BYTES:
+        raise _refuse("total_bytes", f"{manifest.total_bytes:,}, limit {MAX_SNAPSHOT_BYTES:,}")
+
+
+def _check_part(field: str, part: Part, most: int) -> None:
+    if not 0 < part.encoded_bytes <= most:
+        raise _refuse(f"{field}.encoded_bytes", f"{part.encoded_bytes:,}, its layers allow 1 to {most:,}")
+    count = -(-part.encoded_bytes // MAX_PLAIN_BYTES)
+    if len(part.digests) != count * DIGEST_BYTES:
+        raise _refuse(
+            f"{field}.digests", f"{len(part.digests):,} bytes, not {DIGEST_BYTES} for each of {count:,} chunks"
+        )
+
+
+def held_in_block(layer: LayerLayout, block: int) -> tuple[int, int]:
+    """First position and end of what a layer holds of a block; equal when it holds nothing."""
+    start = block * BLOCK_TOKENS
+    stop = min(start + BLOCK_TOKENS, layer.seen_tokens)
+    start = max(start, layer.seen_tokens - layer.tokens)
+    return (start, stop) if start < stop else (stop, stop)
+
+
+def plain_bytes(manifest: SnapshotManifest, place: PartPlace) -> int:
+    """What a part takes before it is encoded, by the manifest's layouts."""
+    if place.kind == "recurrent":
+        return sum(_product(array.shape) * DTYPE_BYTES[array.dtype] for arrays in manifest.states for array in arrays)
+    size = 0
+    for layer in manifest.layers:
+        if layer.kind == place.kind:
+            start, stop = held_in_block(layer, place.block)
+            size += 2 * layer.kv_heads * layer.head_dim * (stop - start)
+    return size * DTYPE_BYTES[manifest.kv_dtype]
+
+
+def _product(numbers: Sequence[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+def prefix_addresses(digests: ModelDigests, tokens: bytes, cached_tokens: int) -> list[bytes]:
+    """The address of every block and, behind them, the root of the chain.
+
+    The root is BLAKE3 of ``mindstream/v1/prefix\\0`` and the model's digests: weights, tokenizer, config, adapters. A
+    block's address is BLAKE3 of the address before it and the block's token ids, so it names the whole prefix.
+
+    Args:
+        tokens: ids, uint32 little-endian, ``cached_tokens`` of them or more.
+    """
+    root = digest(DOMAIN_PREFIX, digests.weights, digests.tokenizer, digests.config, *digests.adapters)
+    addresses = []
+    before = root
+    for start in range(0, cached_tokens, BLOCK_TOKENS):
+        before = digest(before, tokens[4 * start : 4 * min(start + BLOCK_TOKENS, cached_tokens)])
+        addresses.append(before)
+    return [*addresses, root]
+
+
+def seal_private(key: DataKey, private: PrivatePart) -> bytes:
+    """The manifest's ``sealed``."""
+    return bytes(key.seal(ROLE_PRIVATE, _canonical.encode(private)))
+
+
+def open_private(manifest: SnapshotManifest, key: DataKey) -> PrivatePart:
+    """What only readers see, once it opens and its token ids are those of the blocks. Raises SnapshotRefused."""
+
+    def refuse(field: str, reason: str) -> SnapshotRefused:
+        return SnapshotRefused(
+            f"opening the snapshot of {manifest.conversation[:80]!r} by {manifest.creator[:80]!r}: {field}: {reason}",
+            hint="fetch it from another holder, or save the conversation again",
+            field=field,
+            reason=reason,
+        )
+
+    if key.id != manifest.key_id:
+        raise refuse("key_id", "it was sealed with another key")
+    try:
+        body = key.open(ROLE_PRIVATE, manifest.sealed)
+    except SnapshotRefused as error:
+        raise refuse("sealed", error.reason) from None
+    try:
+        private = _private_decoder.decode(body)
+    except UNREADABLE as error:
+        raise refuse("sealed", str(error)) from None
+    if len(private.tokens) != 4 * (manifest.cached_tokens + 1):
+        raise refuse(
+            "tokens", f"{len(private.tokens)} bytes for {manifest.cached_tokens} cached ones and a pending one"
+        )
+    expected = prefix_addresses(manifest.digests, private.tokens, manifest.cached_tokens)
+    if private.addresses != b"".join(expected):
+        raise refuse("addresses", "they are not those of its token ids")
+    return private
 
 
 def verify_chunk(ref: ChunkRef, data: bytes | memoryview, *, index: int) -> None:

@@ -50,6 +50,9 @@ class NodeState(msgspec.Struct):
     """Process id of the node's presence service, which says this."""
     reason: str = ""
     """Which of its services are not ``ready``, and why."""
+    sealing_key: str = ""
+    """What is meant for this node alone is encrypted to this: ``x25519:``, and in base32, lowercase without padding,
+    the X25519 public key, 32 bytes, and its Ed25519 signature by the node, 64 bytes."""
 
 
 class ServiceState(msgspec.Struct):
@@ -476,9 +479,11 @@ class SnapshotAnnounce(msgspec.Struct):
 
 
 class SnapshotManifestAsk(msgspec.Struct):
-    """Ask for a snapshot's signed manifest."""
+    """Ask for a snapshot's signed manifest, with its key wrapped for the asker if the holder trusts it."""
 
     snapshot: SnapshotId
+    sealing_key: Annotated[str, Meta(max_length=256)] = ""
+    """The asker's, as its node's state has it."""
 
 
 class ModelBuiltAsk(msgspec.Struct, omit_defaults=True):

@@ -17,6 +17,7 @@ import msgspec
 from edge.db import Database, Schema, fetch_all, fetch_one
 from protocol.errors import ConversationUnknown, ModelError
 from protocol.messages import ChatMessage
+from protocol.sealing import DataKey
 from services.model_runner import snapshot
 from services.model_runner.engine import Engine
 from services.model_runner.generation import GenerationSettings, GenerationState, begin
@@ -65,13 +66,28 @@ class Record(msgspec.Struct):
     last_command: str = ""
     """The ask that the present answer was given to: carried out again after a crash, it is not answered twice."""
     constrained_tokens: int = 0
+    data_key: bytes = b""
+    """Secret: what its snapshots are sealed with, so that they share their blocks."""
+    parent: bytes = b""
+    """Digest of the snapshot that it was saved as last, or resumed from; empty when there is none."""
 
 
 class Conversation:
     """One conversation in memory."""
 
-    def __init__(self, name: str, state: GenerationState, messages: list[ChatMessage], turn_start: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        state: GenerationState,
+        messages: list[ChatMessage],
+        turn_start: int,
+        *,
+        key: DataKey | None = None,
+        parent: bytes = b"",
+    ) -> None:
         self.name = name
+        self.key = key or DataKey.generate()
+        self.parent = parent
         self.state = state
         self.messages = messages
         self.turn_start = turn_start
@@ -103,6 +119,8 @@ class Conversation:
             capacity_tokens=state.cache.capacity_tokens,
             last_command=command or self.last_command,
             constrained_tokens=state.constrained_tokens,
+            data_key=self.key.secret,
+            parent=self.parent,
         )
 
 
@@ -231,7 +249,8 @@ class Conversations:
         state.new_tokens = record.new_tokens
         state.finish_reason = record.finish_reason
         state.constrained_tokens = record.constrained_tokens
-        conversation = Conversation(name, state, record.messages, record.turn_start)
+        key = DataKey(record.data_key) if record.data_key else None
+        conversation = Conversation(name, state, record.messages, record.turn_start, key=key, parent=record.parent)
         conversation.last_command = record.last_command
         return conversation
 
@@ -258,7 +277,12 @@ class Conversations:
         if conversation.keep and self.parking is not None and conversation.state.prefilled:
             extra = {"whole_chunks": [key.hex() for key in conversation.whole_chunks]}
             copied = snapshot.copy(
-                self._engine, conversation.state, conversation=conversation.name, creator="", extra=extra
+                self._engine,
+                conversation.state,
+                conversation=conversation.name,
+                creator=self.parking.node,
+                key=conversation.key,
+                extra=extra,
             )
             if self.parking.park(copied):
                 left = "parked"
@@ -270,20 +294,21 @@ class Conversations:
         not of the tokens that were kept."""
         name = fetched.manifest.conversation
         record = self._record("conversations", name)
-        reason = snapshot.why_not_exact(self._engine, fetched.manifest)
+        reason = fetched.found.reason
         if record is None or reason:
             raise snapshot.refused(fetched.manifest, "fingerprint", reason or "the conversation is not kept any more")
-        unpacked = snapshot.unpack(self._engine, fetched.manifest, fetched.chunks)
-        if unpacked.state.tokens != record.tokens:
-            unpacked.state.cache.close()
+        if fetched.found.tokens != record.tokens:
             raise snapshot.refused(fetched.manifest, "tokens", "the conversation has gone on since")
-        state = unpacked.state
+        state = snapshot.restore(self._engine, fetched.found).state
         state.sampler = Sampler.from_state(record.sampler)
         state.settings, state.new_tokens, state.finish_reason = record.settings, record.new_tokens, record.finish_reason
         state.constrained_tokens = record.constrained_tokens
-        conversation = Conversation(name, state, record.messages, record.turn_start)
+        conversation = Conversation(
+            name, state, record.messages, record.turn_start, key=fetched.key, parent=record.parent
+        )
         conversation.last_command = record.last_command
-        conversation.whole_chunks = [bytes.fromhex(key) for key in snapshot.extra_of(fetched.manifest)["whole_chunks"]]
+        extra = snapshot.extra_of(fetched.manifest, fetched.private)
+        conversation.whole_chunks = [bytes.fromhex(key) for key in extra["whole_chunks"]]
         return self.hold(conversation)
 
     def forget(self, name: str) -> None:

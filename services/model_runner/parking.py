@@ -1,9 +1,9 @@
 """Parking: the KV of idle conversations on disk while their memory is wanted, and back bit for bit.
 
-A parked file is a snapshot of this runner's own, unsigned: a manifest with its digest, then the chunks that it names
-by theirs. It is a cache and no record: it is not synced, and one that is damaged, or of another model or numerics, is
-dropped, and the conversation's tokens are read again. Reading and writing have a thread of their own; the copy out of
-the engine's memory is the worker's.
+A parked file is a snapshot of this runner's own: the sealed chunks, then the signed manifest with its key wrapped for
+this node, and at the end its size and digest. It is a cache and no record: it is not synced, and one that is damaged,
+or of another model or numerics, is dropped, and the conversation's tokens are read again. Reading and writing have a
+thread of their own; the copy out of the engine's memory is the worker's.
 """
 
 from __future__ import annotations
@@ -16,31 +16,43 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 
 from edge.files import storage_errors
 from protocol.errors import UNREADABLE, BlobError, MindstreamError
-from protocol.identity import digest
-from protocol.manifest import SnapshotManifest, verify_chunk
+from protocol.identity import Identity, Keyring, digest
+from protocol.manifest import (
+    PrivatePart,
+    SignedManifest,
+    SnapshotManifest,
+    open_manifest,
+    open_private,
+    seal_manifest,
+    verify_chunk,
+)
+from protocol.sealing import DataKey, unwrap_key, wrap_key
 from services.model_runner import snapshot
 from services.model_runner.engine import Engine
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"MSPARK01"
+MAGIC = b"MSPARK02"
 _SIZE_BYTES = 8
 _DIGEST_BYTES = 32
+_TRAILER_BYTES = _SIZE_BYTES + _DIGEST_BYTES
 _UNUSABLE: tuple[type[Exception], ...] = (OSError, MindstreamError, *UNREADABLE)
-MOST_HEADER_BYTES = 64 * 2**20
+MOST_MANIFEST_BYTES = 64 * 2**20
 
 
 class Fetched(NamedTuple):
-    """A parked state, verified."""
+    """A parked state, verified and decrypted."""
 
     manifest: SnapshotManifest
-    chunks: list[memoryview]
+    private: PrivatePart
+    key: DataKey
+    found: snapshot.Read
 
 
 class Parking:
@@ -48,6 +60,7 @@ class Parking:
 
     Args:
         folder: made when absent.
+        identity: this node's: files are sealed for it, and signed by it.
         most_bytes: of all files together; the oldest go first. 0 parks nothing.
         on_drop: called on any thread with a conversation's name and why its file is no more.
         on_change: called on the parking thread when memory has come free.
@@ -58,12 +71,15 @@ class Parking:
         folder: Path,
         engine: Engine,
         *,
+        identity: Identity,
         most_bytes: int,
         on_drop: Callable[[str, str], None],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
         self._engine = engine
+        self._identity = identity
+        self._keyring = Keyring({identity.node: identity.fingerprint})
         self._most_bytes = most_bytes
         self._on_drop = on_drop
         self.on_change = on_change
@@ -78,6 +94,11 @@ class Parking:
         with storage_errors(f"making the folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._look()
+
+    @property
+    def node(self) -> str:
+        """Whose files they are."""
+        return self._identity.node
 
     # --- the worker's side ----------------------------------------------------------------------------------
 
@@ -94,7 +115,7 @@ class Parking:
 
     def park(self, copied: snapshot.Copied) -> bool:
         """Write a copied state; False when there is no room for so much."""
-        size = len(copied.buffer)
+        size = copied.size_bytes
         if size > self._most_bytes:
             return False
         dropped = []
@@ -112,7 +133,10 @@ class Parking:
         return True
 
     def fetch(self, name: str) -> Future[Fetched]:
-        """Read and verify a parked state, and remove its file. The future raises BlobError or StorageError."""
+        """Read and decrypt a parked state, and remove its file.
+
+        The future raises BlobError, StorageError, TrustError or SnapshotRefused.
+        """
         with self._lock:
             self._sizes.pop(name, None)
         return self._thread.submit(self._read, name)
@@ -142,7 +166,7 @@ class Parking:
                 continue
             try:
                 with path.open("rb") as file:
-                    manifest = _read_header(file.read(len(MAGIC) + _SIZE_BYTES), file.read)
+                    manifest = self._read_manifest(file)[1]
                 stat = path.stat()
                 found.append((stat.st_mtime, manifest.conversation, stat.st_size))
             except _UNUSABLE as error:
@@ -155,13 +179,17 @@ class Parking:
         name, path = copied.conversation, self._path(copied.conversation)
         temporary = path.with_suffix(".new")
         try:
-            packed = snapshot.describe(self._engine, copied)
-            header = msgspec.msgpack.encode(packed.manifest)
             with storage_errors(f"parking conversation {name}"):
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 with os.fdopen(descriptor, "wb") as file:
-                    file.write(MAGIC + len(header).to_bytes(_SIZE_BYTES, "little") + digest(header) + header)
-                    file.write(copied.buffer.data)
+                    file.write(MAGIC)
+                    key = copied.key
+                    # Chunk by chunk: beside the copy there is one sealed chunk in memory.
+                    signed = seal_manifest(self._identity, snapshot.seal(copied, lambda _, chunk: file.write(chunk)))
+                    own = self._identity.sealing
+                    signed.wraps = [wrap_key(self._identity, key, own.recipient, own.public_key)]
+                    body = msgspec.msgpack.encode(signed)
+                    file.write(body + len(body).to_bytes(_SIZE_BYTES, "little") + digest(body))
                 temporary.replace(path)
         except MindstreamError as error:
             with self._lock:
@@ -171,37 +199,47 @@ class Parking:
             self._on_drop(name, str(error))
         finally:
             with self._lock:
-                self.writing_bytes -= len(copied.buffer)
+                self.writing_bytes -= copied.size_bytes
             self.on_change()
 
     def _read(self, name: str) -> Fetched:
         path = self._path(name)
         try:
-            with storage_errors(f"reading the parked conversation {name}"):
-                body = memoryview(path.read_bytes())
-            start = len(MAGIC) + _SIZE_BYTES
-            at = start
-
-            def take(count: int) -> bytes:
-                nonlocal at
-                at += count
-                return bytes(body[at - count : at])
-
-            try:
-                manifest = _read_header(bytes(body[:start]), take)
-            except UNREADABLE as error:
-                raise _damaged(str(error)) from None
-            if manifest.conversation != name:
-                raise _damaged("it is another conversation's")
-            chunks = []
-            for index, ref in enumerate(manifest.chunks):
-                chunk = body[at : at + ref.size_bytes]
+            with storage_errors(f"reading the parked conversation {name}"), path.open("rb") as file:
+                try:
+                    signed, manifest = self._read_manifest(file)
+                except UNREADABLE as error:
+                    raise _damaged(str(error)) from None
+                if manifest.conversation != name:
+                    raise _damaged("it is another conversation's")
+                file.seek(len(MAGIC))
+                chunks = [file.read(ref.size_bytes) for ref in manifest.chunks]
+            for index, (ref, chunk) in enumerate(zip(manifest.chunks, chunks, strict=True)):
                 verify_chunk(ref, chunk, index=index)
-                chunks.append(chunk)
-                at += ref.size_bytes
-            return Fetched(manifest, chunks)
+            key = unwrap_key(signed.wraps, manifest.key_id, [self._identity.sealing], self._keyring)
+            private = open_private(manifest, key)
+            return Fetched(manifest, private, key, snapshot.read(self._engine, manifest, private, key, chunks))
         finally:
             self._remove(name)
+
+    def _read_manifest(self, file: BinaryIO) -> tuple[SignedManifest, SnapshotManifest]:
+        """What stands at the end of a file. Raises BlobError, TrustError, MalformedMessage, OSError or UNREADABLE."""
+        size = file.seek(0, os.SEEK_END)
+        if size < len(MAGIC) + _TRAILER_BYTES:
+            raise _damaged(f"{size} bytes")
+        file.seek(0)
+        if file.read(len(MAGIC)) != MAGIC:
+            raise _damaged("it does not begin as one")
+        file.seek(size - _TRAILER_BYTES)
+        length, expected = int.from_bytes(file.read(_SIZE_BYTES), "little"), file.read(_DIGEST_BYTES)
+        if length > min(MOST_MANIFEST_BYTES, size - len(MAGIC) - _TRAILER_BYTES):
+            raise _damaged(f"a manifest of {length:,} bytes")
+        file.seek(size - _TRAILER_BYTES - length)
+        body = file.read(length)
+        if digest(body) != expected:
+            raise _damaged("its manifest's digest is another")
+        signed = msgspec.msgpack.decode(body, type=SignedManifest)
+        return signed, open_manifest(signed, self._keyring)
 
     def _remove(self, name: str) -> None:
         with self._lock:
@@ -217,16 +255,3 @@ def _damaged(reason: str) -> BlobError:
         hint="its tokens are read again",
         reason="damaged",
     )
-
-
-def _read_header(start: bytes, read: Callable[[int], bytes]) -> SnapshotManifest:
-    """The manifest, from the file's first bytes and a function that reads on. Raises BlobError or UNREADABLE."""
-    if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + _SIZE_BYTES:
-        raise _damaged("it does not begin as one")
-    size = int.from_bytes(start[len(MAGIC) :], "little")
-    if size > MOST_HEADER_BYTES:
-        raise _damaged(f"a header of {size:,} bytes")
-    expected, header = read(_DIGEST_BYTES), read(size)
-    if digest(header) != expected:
-        raise _damaged("its header's digest is another")
-    return msgspec.msgpack.decode(header, type=SnapshotManifest)

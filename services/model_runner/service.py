@@ -26,8 +26,24 @@ from edge.power import Meter, find_meter, visible_gpu
 from edge.service import Context, Service, hears
 from edge.thermal import Thermometer
 from protocol.codec import Received
-from protocol.errors import AskExpired, BlobError, MindstreamError, ModelError, SnapshotRefused, TrustError, from_wire
-from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest, seal_manifest, snapshot_id
+from protocol.errors import (
+    AskExpired,
+    BlobError,
+    MalformedMessage,
+    MindstreamError,
+    ModelError,
+    SnapshotRefused,
+    TrustError,
+    from_wire,
+)
+from protocol.identity import digest
+from protocol.manifest import (
+    PrivatePart,
+    SignedManifest,
+    SnapshotManifest,
+    open_manifest,
+    seal_manifest,
+)
 from protocol.messages import (
     BlobPull,
     BlobPulling,
@@ -46,6 +62,9 @@ from protocol.messages import (
     SnapshotManifestAsk,
     SnapshotSaved,
 )
+from protocol.provenance import add_statement
+from protocol.sealing import DataKey, wrap_key
+from protocol.sharing import Opened, open_snapshot, share
 from services.model_runner import engines, snapshot
 from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
@@ -229,7 +248,7 @@ class ModelRunner(Service):
             )
 
         folder, most_bytes = self.context.data_dir / "parked", self.config.model.parked_mib * MIB
-        return Parking(folder, engine, most_bytes=most_bytes, on_drop=dropped)
+        return Parking(folder, engine, identity=self.context.identity, most_bytes=most_bytes, on_drop=dropped)
 
     def _evicted(self, name: str, left: Evicted) -> None:
         self._report(f"evicted.{left}", f"conversation {name} left the memory; {EVICTED[left]}")
@@ -324,12 +343,16 @@ class ModelRunner(Service):
         started_s = time.monotonic()
 
         def write() -> SnapshotSaved:
-            # Copied between two tokens, written while the next ones are already being generated.
-            packed = self.worker.between_tokens(lambda loaded: self._pack(loaded, name)).result()
-            signed = seal_manifest(self.context.identity, packed.manifest)
-            identifier = self.store.save(signed, packed.manifest.chunks, packed.chunks)
-            size_bytes = packed.manifest.total_bytes + len(signed.manifest)
-            model, tokens = packed.manifest.model, packed.manifest.cached_tokens + 1
+            # Copied between two tokens, sealed and written while the next ones are already being generated.
+            conversation, copied = self.worker.between_tokens(lambda loaded: self._copy(loaded, name)).result()
+            key = copied.key
+            with self.store.writing():
+                manifest = snapshot.seal(copied, self.store.put_chunk)
+                signed = self._sign(manifest, key)
+                identifier = self.store.put_manifest(signed)
+            conversation.parent = bytes.fromhex(identifier)
+            size_bytes = manifest.total_bytes + len(signed.manifest)
+            model, tokens = manifest.model, manifest.cached_tokens + 1
             try:
                 self.bus.say(SnapshotAnnounce(identifier, name, model, tokens, size_bytes), timeout_s=5.0)
             except MindstreamError as error:
@@ -340,7 +363,7 @@ class ModelRunner(Service):
 
         return _deferred(self._savers.submit(write))
 
-    def _pack(self, loaded: Loaded, name: str) -> snapshot.Packed:
+    def _copy(self, loaded: Loaded, name: str) -> tuple[Conversation, snapshot.Copied]:
         """Copy a conversation, on the worker's thread."""
         conversation = loaded.conversations.get(name)
         state = conversation.state
@@ -353,13 +376,34 @@ class ModelRunner(Service):
                 messages = messages[:-1]
             said = loaded.chat.decode(state.tokens[conversation.turn_start :])
             messages = [*messages, ChatMessage("assistant", said)]
-        extra = msgspec.to_builtins(_Extra(messages, conversation.turn_start))
-        return snapshot.pack(loaded.engine, state, conversation=name, creator=self.node, extra=extra)
+        return conversation, snapshot.copy(
+            loaded.engine,
+            state,
+            conversation=name,
+            creator=self.node,
+            key=conversation.key,
+            extra=msgspec.to_builtins(_Extra(messages, conversation.turn_start)),
+            parent=conversation.parent,
+        )
+
+    def _sign(self, manifest: SnapshotManifest, key: DataKey) -> SignedManifest:
+        """A manifest signed, its key wrapped for this node and for all that it trusts, its provenance begun."""
+        identity = self.context.identity
+        signed = seal_manifest(identity, manifest)
+        readers = {**self.context.peers.keyring().sealing_keys, self.node: identity.sealing.public_key}
+        signed.wraps = [wrap_key(identity, key, node, public_key) for node, public_key in sorted(readers.items())]
+        signed.provenance = add_statement(identity, [], digest(signed.manifest), "created")
+        return signed
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:
-        """The signed manifest of a snapshot that this node holds."""
-        return self.store.manifest(message.data.snapshot)
+        """The signed manifest of a snapshot that this node holds, its key wrapped for the asker where that may be."""
+        ask: SnapshotManifestAsk = message.data
+        if ask.sealing_key:
+            self.context.peers.learn_sealing_key(message.node, ask.sealing_key)
+        signed = self.store.manifest(ask.snapshot)
+        keyring = self.context.peers.keyring()
+        return share(signed, message.node, self.context.identity, keyring)
 
     @hears(ModelBuiltAsk)
     def built(self, message: Received) -> Deferred:
@@ -388,24 +432,24 @@ class ModelRunner(Service):
         ask: ModelResume = message.data
         started_s = time.monotonic()
         signed = self._fetch_manifest(ask, remaining_ms(message))
-        if snapshot_id(signed) != ask.snapshot:
-            raise SnapshotRefused(
-                f"resuming snapshot {ask.snapshot[:12]}: the manifest that {ask.holder} sent is another one",
-                field="snapshot",
-                reason="digest mismatch",
-            )
-        manifest = open_manifest(signed, self.context.peers.keyring())
+        opened = open_snapshot(signed, ask.snapshot, self.context.identity, self.context.peers.keyring())
+        manifest = opened.manifest
         name = ask.conversation or manifest.conversation
         # The engine may still be loading: wait for it on its own thread before anything is fetched.
-        reason = self.worker.between_tokens(lambda loaded: self._examine(loaded, manifest, name)).result()
+        engine, reason = self.worker.between_tokens(lambda loaded: self._examine(loaded, opened, name)).result()
         fetched_bytes = len(signed.manifest)
         chunks: list[bytes] = []
         if not reason:
-            chunks, chunks_bytes = self._fetch(ask, manifest)
-            self.store.put_manifest(signed)
+            with self.store.writing():
+                chunks, chunks_bytes = self._fetch(ask, manifest)
+                if ask.holder != self.node:
+                    self.store.put_manifest(self._moved(signed, ask))
             fetched_bytes += chunks_bytes
         transferred_s = time.monotonic()
-        resumed = self.worker.between_tokens(lambda loaded: self._restore(loaded, manifest, name, chunks)).result()
+        found = self._read(engine, opened, chunks)
+        resumed = self.worker.between_tokens(
+            lambda loaded: self._restore(loaded, opened, name, found, ask.snapshot)
+        ).result()
         return ModelResumed(
             conversation=name,
             how=resumed.how,
@@ -416,13 +460,39 @@ class ModelRunner(Service):
             restore_ms=(time.monotonic() - transferred_s) * 1000,
         )
 
-    def _examine(self, loaded: Loaded, manifest: SnapshotManifest, name: str) -> str:
-        """Why the KV cannot be used and the tokens must be read again; empty when it can. Raises SnapshotRefused."""
-        refused = snapshot.refusal(loaded.engine, manifest)
+    def _moved(self, signed: SignedManifest, ask: ModelResume) -> SignedManifest:
+        """As this node keeps it: with what the node here says of its way."""
+        snapshot_digest = bytes.fromhex(ask.snapshot)
+        try:
+            chain = add_statement(
+                self.context.identity, signed.provenance, snapshot_digest, "moved", {"from": ask.holder}
+            )
+        except MalformedMessage as error:
+            self.bus.counters.add("dropped.statement")
+            log.warning("snapshot %s: %s", ask.snapshot[:12], error)
+            return signed
+        return msgspec.structs.replace(signed, provenance=chain)
+
+    def _read(self, engine: Engine, opened: Opened, chunks: list[bytes]) -> snapshot.Read:
+        """What the chunks hold, or, where they do not hold what they should, the tokens to read again."""
+        manifest, private, key, _ = opened
+        try:
+            return snapshot.read(engine, manifest, private, key, chunks)
+        except SnapshotRefused as error:
+            self.bus.counters.add("refused.snapshot_kv")
+            self.bus.events.report("refused-snapshot-kv", "warning", str(error))
+            return snapshot.read(engine, manifest, private, key, [], from_tokens=f"{error.field}: {error.reason}")
+
+    def _examine(self, loaded: Loaded, opened: Opened, name: str) -> tuple[Engine, str]:
+        """The engine, and why the KV cannot be used and the tokens must be read again; empty when it can.
+
+        Raises SnapshotRefused.
+        """
+        refused = snapshot.refusal(loaded.engine, opened.manifest, opened.private)
         if refused is not None:
             raise refused
         self._check_not_running(name)
-        return snapshot.why_not_exact(loaded.engine, manifest)
+        return loaded.engine, snapshot.why_not_exact(loaded.engine, opened.manifest)
 
     def _check_not_running(self, name: str) -> None:
         if name in self.worker.running:
@@ -439,7 +509,9 @@ class ModelRunner(Service):
             return self.store.manifest(ask.snapshot)
         ttl_ms = max(1, min(MANIFEST_TTL_MS, asker_waits_ms - ANSWER_MARGIN_MS))
         try:
-            signed: SignedManifest = self.bus.ask(ask.holder, SnapshotManifestAsk(ask.snapshot), ttl_ms=ttl_ms)
+            signed: SignedManifest = self.bus.ask(
+                ask.holder, SnapshotManifestAsk(ask.snapshot, self.context.identity.sealing_key), ttl_ms=ttl_ms
+            )
         except AskExpired as error:
             raise BlobError(
                 f"fetching snapshot {ask.snapshot[:12]}: {ask.holder} has not answered in {ttl_ms / 1000:g} s",
@@ -466,14 +538,17 @@ class ModelRunner(Service):
         fetched += receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
         return self.store.chunks(manifest), fetched
 
-    def _restore(self, loaded: Loaded, manifest: SnapshotManifest, name: str, chunks: list[bytes]) -> snapshot.Unpacked:
+    def _restore(
+        self, loaded: Loaded, opened: Opened, name: str, found: snapshot.Read, identifier: str
+    ) -> snapshot.Unpacked:
         self._check_not_running(name)  # a run may have begun while the chunks were on their way
-        resumed = snapshot.unpack(loaded.engine, manifest, chunks)
+        messages, turn_start = _extra(opened.manifest, opened.private)
+        resumed = snapshot.restore(loaded.engine, found)
         if resumed.how != "exact":
             snapshot.recompute(loaded.engine, resumed.state)
-        messages, turn_start = _extra(manifest)
-        conversation = loaded.conversations.hold(Conversation(name, resumed.state, messages, turn_start))
-        loaded.conversations.save(conversation)
+        parent = bytes.fromhex(identifier)
+        conversation = Conversation(name, resumed.state, messages, turn_start, key=opened.key, parent=parent)
+        loaded.conversations.save(loaded.conversations.hold(conversation))
         return resumed
 
 
@@ -484,10 +559,10 @@ class _Extra(msgspec.Struct):
     turn_start: int
 
 
-def _extra(manifest: SnapshotManifest) -> tuple[list[ChatMessage], int]:
+def _extra(manifest: SnapshotManifest, private: PrivatePart) -> tuple[list[ChatMessage], int]:
     """Messages and start of the present answer. Raises SnapshotRefused when they are not what we wrote."""
     try:
-        extra = msgspec.convert(snapshot.extra_of(manifest), _Extra)
+        extra = msgspec.convert(snapshot.extra_of(manifest, private), _Extra)
     except msgspec.ValidationError as error:
         raise SnapshotRefused(f"resuming {manifest.conversation!r}: its messages: {error}", field="state") from None
     return extra.messages, max(0, min(extra.turn_start, manifest.cached_tokens + 1))

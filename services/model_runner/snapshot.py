@@ -1,15 +1,13 @@
-"""The raw, exact codec: a generation state to a manifest and chunks, and back, bit for bit.
+"""Snapshots: a generation state to a manifest and sealed chunks, and back, bit for bit.
 
-The chunks are one stream, cut every 512 KiB: for each layer its keys, then its values, each (kv_heads, tokens,
-head_dim), then its recurrent states, all in C order, little-endian, as the manifest's layouts say. Nothing is pickled;
-sizes are checked against the model, and against each other, before anything is allocated from them.
+Positions are cut into blocks (``blocks``), each encoded and sealed by itself. Nothing is pickled; sizes are checked
+against the model, and against each other, before anything is allocated from them.
 
 The token ids are always in the manifest, so a node whose numerics differ reads them again instead of using the KV.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,32 +17,40 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
-from protocol.identity import digest
 from protocol.manifest import (
+    BLOCK_TOKENS,
     MANIFEST_VERSION,
-    MAX_CHUNK_BYTES,
+    RAW,
     ChunkRef,
     LayerLayout,
     ModelDigests,
     NumericsFingerprint,
+    Part,
+    PartPlace,
+    PrivatePart,
     SnapshotManifest,
     StateLayout,
+    open_private,
+    plain_bytes,
+    prefix_addresses,
+    seal_private,
 )
-from services.model_runner.engine import (
-    STORAGE_DTYPES,
-    Engine,
-    LayerState,
-    ModelSpec,
-    OnProgress,
-    ShouldStop,
-    StateSpec,
-    check_layers,
+from protocol.sealing import DataKey
+from services.model_runner.blocks import (
+    Assembly,
+    Put,
+    RawPart,
+    blocks_of,
+    chunks_of_parts,
+    cut,
+    open_part,
+    seal_part,
 )
+from services.model_runner.engine import Engine, LayerState, ModelSpec, OnProgress, ShouldStop, check_layers
 from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.sampling import Sampler
 
-CODEC = "raw"
-
+Chunk = bytes | bytearray | memoryview
 How = Literal["exact", "recomputed"]
 
 
@@ -52,8 +58,8 @@ class Packed(NamedTuple):
     """A snapshot before it is signed."""
 
     manifest: SnapshotManifest
-    chunks: list[memoryview]
-    """Slices of one buffer, in the order of ``manifest.chunks``."""
+    chunks: list[bytearray]
+    """Sealed, in the order of ``manifest.chunks``."""
 
 
 class Unpacked(NamedTuple):
@@ -65,6 +71,8 @@ class Unpacked(NamedTuple):
     ``recomputed``: the tokens are to be read again by the next ``generate``, here, with this node's numerics."""
     reason: str
     """Why it was recomputed; empty when exact."""
+    logits: npt.NDArray[np.float32] | None = None
+    """What the first step must give, where the snapshot says it."""
 
 
 class _Progress(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,19 +87,33 @@ class _Progress(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Copied(NamedTuple):
-    """A generation state taken out of the engine: it may go on at once, and this can be described on any thread."""
+    """A generation state taken out of the engine: it may go on at once, and this can be sealed on any thread."""
 
     conversation: str
     creator: str
+    spec: ModelSpec
+    fingerprint: NumericsFingerprint
+    key: DataKey
     tokens: list[int]
     sampler: dict[str, Any]
     progress: _Progress
-    buffer: npt.NDArray[np.uint8]
-    """Keys and values as the chunks hold them."""
+    parts: list[RawPart]
+    """Let go one by one while they are sealed."""
+    size_bytes: int
+    """Of all parts together."""
+    parent: bytes = b""
 
 
 def copy(
-    engine: Engine, state: GenerationState, *, conversation: str, creator: str, extra: dict[str, Any] | None = None
+    engine: Engine,
+    state: GenerationState,
+    *,
+    conversation: str,
+    creator: str,
+    key: DataKey,
+    extra: dict[str, Any] | None = None,
+    logits: npt.NDArray[np.float32] | None = None,
+    parent: bytes = b"",
 ) -> Copied:
     """Copy ``state``; the worker's part of ``pack``, which see."""
     if not state.prefilled:
@@ -100,15 +122,11 @@ def copy(
             hint="let the prompt be read first: save after its first token, or cancel the run between two tokens",
             reason="prefill not finished",
         )
-    layers = engine.export_layers(state.cache)
-    buffer = np.empty(sum(plane.nbytes for layer in layers for plane in layer.planes), dtype=np.uint8)
-    offset = 0
-    for layer in layers:
-        for plane in layer.planes:
-            # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
-            target = buffer[offset : offset + plane.nbytes].view(plane.dtype).reshape(plane.shape)
-            np.copyto(target, plane)
-            offset += plane.nbytes
+    cached = len(state.tokens) - 1
+    parts = cut(engine.export_layers(state.cache), _layouts(engine.spec, cached), cached)
+    if logits is not None:
+        plane = np.ascontiguousarray(logits, dtype="<f4").view(np.uint8)
+        parts.append(RawPart(PartPlace("logits", -(-cached // BLOCK_TOKENS) - 1), plane))
     progress = _Progress(
         settings=state.settings,
         new_tokens=state.new_tokens,
@@ -117,52 +135,93 @@ def copy(
         extra=extra or {},
         constrained_tokens=state.constrained_tokens,
     )
-    return Copied(conversation, creator, list(state.tokens), state.sampler.to_state(), progress, buffer)
+    return Copied(
+        conversation,
+        creator,
+        engine.spec,
+        engine.fingerprint,
+        key,
+        list(state.tokens),
+        state.sampler.to_state(),
+        progress,
+        parts,
+        sum(part.raw.nbytes for part in parts),
+        parent,
+    )
 
 
-def describe(engine: Engine, copied: Copied) -> Packed:
-    """The chunks of a copied state and the manifest that names them."""
-    stream = copied.buffer.data
-    chunks = [stream[at : at + MAX_CHUNK_BYTES] for at in range(0, len(stream), MAX_CHUNK_BYTES)]
-    manifest = SnapshotManifest(
+def seal(copied: Copied, put: Put) -> SnapshotManifest:
+    """Seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only."""
+    spec, key = copied.spec, copied.key
+    cached = len(copied.tokens) - 1
+    tokens = np.asarray(copied.tokens, dtype="<u4").tobytes()
+    addresses = prefix_addresses(spec.digests, tokens, cached)
+    parts: list[tuple[PartPlace, Part]] = []
+    total_bytes = 0
+
+    def count(ref: ChunkRef, sealed: bytearray) -> None:
+        nonlocal total_bytes
+        total_bytes += ref.size_bytes
+        put(ref, sealed)
+
+    copied.parts.reverse()
+    while copied.parts:
+        place, raw = copied.parts.pop()
+        parts.append((place, seal_part(key, place, raw.data, addresses, RAW, count)))
+    whole = {place.kind: part for place, part in parts}
+    private = PrivatePart(
+        addresses=b"".join(addresses), sampler=copied.sampler, state=msgspec.to_builtins(copied.progress), tokens=tokens
+    )
+    return SnapshotManifest(
         version=MANIFEST_VERSION,
-        model=engine.spec.name,
-        digests=engine.spec.digests,
+        model=spec.name,
+        digests=spec.digests,
         creator=copied.creator,
         created_us=time.time_ns() // 1000,
         conversation=copied.conversation,
-        fingerprint=engine.fingerprint,
-        kv_dtype=engine.spec.dtype,
-        layers=_layouts(engine.spec, len(copied.tokens) - 1),
-        states=_states(engine.spec),
-        codec=CODEC,
-        codec_params={},
-        cached_tokens=len(copied.tokens) - 1,
-        tokens=np.asarray(copied.tokens, dtype="<u4").tobytes(),
-        sampler=copied.sampler,
-        state=msgspec.to_builtins(copied.progress),
-        total_bytes=len(stream),
-        chunks=[ChunkRef(digest=digest(chunk), size_bytes=len(chunk)) for chunk in chunks],
+        fingerprint=copied.fingerprint,
+        kv_dtype=spec.dtype,
+        layers=_layouts(spec, cached),
+        states=_states(spec),
+        codec=RAW,
+        cached_tokens=cached,
+        blocks=blocks_of(cached, parts),
+        recurrent=whole.get("recurrent"),
+        logits=whole.get("logits"),
+        key_id=key.id,
+        sealed=seal_private(key, private),
+        total_bytes=total_bytes,
+        parent=copied.parent,
     )
-    return Packed(manifest, chunks)
 
 
 def pack(
-    engine: Engine, state: GenerationState, *, conversation: str, creator: str, extra: dict[str, Any] | None = None
+    engine: Engine,
+    state: GenerationState,
+    *,
+    conversation: str,
+    creator: str,
+    key: DataKey,
+    extra: dict[str, Any] | None = None,
+    logits: npt.NDArray[np.float32] | None = None,
 ) -> Packed:
-    """Copy ``state`` into chunks and describe it; the state may go on at once.
+    """Copy ``state`` into sealed chunks and describe it; the state may go on at once.
 
     Args:
         conversation: its name.
         creator: the node whose key will sign.
+        key: that it is sealed with; blocks are shared by the snapshots of one key.
         extra: what the caller keeps with the state (its messages), plain msgpack types; given back by ``extra_of``.
+        logits: what reading the pending token gives, float32 of shape (vocab_size,), to be kept with it.
 
     Raises ModelError while the prompt has not been read to its end.
     """
-    return describe(engine, copy(engine, state, conversation=conversation, creator=creator, extra=extra))
+    copied = copy(engine, state, conversation=conversation, creator=creator, key=key, extra=extra, logits=logits)
+    chunks: list[bytearray] = []
+    return Packed(seal(copied, lambda _, chunk: chunks.append(chunk)), chunks)
 
 
-def refusal(engine: Engine, manifest: SnapshotManifest) -> SnapshotRefused | None:
+def refusal(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) -> SnapshotRefused | None:
     """Why ``engine`` cannot resume this conversation at all, or None. Asked before any chunk is fetched."""
     spec = engine.spec
     if manifest.digests.tokenizer != spec.digests.tokenizer:
@@ -172,7 +231,7 @@ def refusal(engine: Engine, manifest: SnapshotManifest) -> SnapshotRefused | Non
             f"its token ids are of {manifest.model}, another tokenizer than {spec.name}'s",
         )
     try:
-        _read_state(engine, manifest)
+        _read_state(engine, manifest, private)
     except SnapshotRefused as error:
         return error
     return None
@@ -190,40 +249,72 @@ def why_not_exact(engine: Engine, manifest: SnapshotManifest) -> str:
             here, there = getattr(own, name), getattr(theirs, name)
             if here != there:
                 return f"other {name}: {_brief(there)} there, {_brief(here)} here"
-    if manifest.codec != CODEC:
-        return f"unknown codec {manifest.codec}"
+    if manifest.codec != RAW:
+        return f"unknown codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}"
     return ""
 
 
-def unpack(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[bytes | memoryview]) -> Unpacked:
-    """The state that ``pack`` described.
+class Read(NamedTuple):
+    """A snapshot's content, decrypted and checked: the engine has still to take it in."""
+
+    tokens: list[int]
+    sampler: Sampler
+    progress: _Progress
+    layers: list[LayerState]
+    """Empty when the tokens are to be read again."""
+    logits: npt.NDArray[np.float32] | None
+    reason: str
+    """Why the tokens are to be read again; empty when the layers are exact."""
+
+
+def read(
+    engine: Engine,
+    manifest: SnapshotManifest,
+    private: PrivatePart,
+    key: DataKey,
+    chunks: Sequence[Chunk],
+    *,
+    from_tokens: str = "",
+) -> Read:
+    """Decrypt what ``seal`` sealed; on any thread, the engine is only asked what it is.
 
     ``chunks`` must have been verified against the manifest's digests (``protocol.manifest.verify_chunk``). They may
-    be left out (an empty sequence) when ``why_not_exact`` gave a reason. Nothing is allocated before the layouts
-    match the model and the sizes match the layouts.
+    be left out (an empty sequence) when ``why_not_exact`` gave a reason, or ``from_tokens`` gives one. Nothing is
+    allocated before the layouts match the model and the sizes match the layouts.
 
     Raises SnapshotRefused, naming the field.
     """
-    error = refusal(engine, manifest)
+    error = refusal(engine, manifest, private)
     if error is not None:
         raise error
-    tokens, sampler, progress = _read_state(engine, manifest)
-    reason = why_not_exact(engine, manifest)
-    capacity = min(progress.capacity_tokens, engine.spec.context_tokens)
+    tokens, sampler, progress = _read_state(engine, manifest, private)
+    reason = from_tokens or why_not_exact(engine, manifest)
     if reason:
-        cache = engine.new_cache(capacity)
-    else:
-        cache = engine.import_layers(_read_layers(engine, manifest, chunks), capacity)
+        return Read(tokens, sampler, progress, [], None, reason)
+    layers, logits = _read_layers(engine, manifest, private, key, chunks)
+    return Read(tokens, sampler, progress, layers, logits, "")
+
+
+def restore(engine: Engine, found: Read) -> Unpacked:
+    """The state that was read, in a cache of its own; the worker's part of ``unpack``. Raises as ``import_layers``."""
+    progress = found.progress
+    capacity = min(progress.capacity_tokens, engine.spec.context_tokens)
+    cache = engine.new_cache(capacity) if found.reason else engine.import_layers(found.layers, capacity)
     state = GenerationState(
-        tokens=tokens,
+        tokens=found.tokens,
         cache=cache,
-        sampler=sampler,
+        sampler=found.sampler,
         settings=progress.settings,
         new_tokens=progress.new_tokens,
         finish_reason=progress.finish_reason,
         constrained_tokens=progress.constrained_tokens,
     )
-    return Unpacked(state, "recomputed" if reason else "exact", reason)
+    return Unpacked(state, "recomputed" if found.reason else "exact", found.reason, found.logits)
+
+
+def unpack(engine: Engine, manifest: SnapshotManifest, key: DataKey, chunks: Sequence[Chunk]) -> Unpacked:
+    """The state that ``pack`` described: ``read``, which see, and ``restore``. Raises SnapshotRefused."""
+    return restore(engine, read(engine, manifest, open_private(manifest, key), key, chunks))
 
 
 def recompute(
@@ -237,22 +328,20 @@ def recompute(
     return engine.prefill(state.cache, missing, should_stop, on_progress) if missing else 0
 
 
-def extra_of(manifest: SnapshotManifest) -> dict[str, Any]:
+def extra_of(manifest: SnapshotManifest, private: PrivatePart) -> dict[str, Any]:
     """What the caller of ``pack`` kept with the state. Raises SnapshotRefused when it is damaged."""
-    return _progress(manifest).extra
+    return _progress(manifest, private).extra
 
 
-def _read_state(engine: Engine, manifest: SnapshotManifest) -> tuple[list[int], Sampler, _Progress]:
+def _read_state(
+    engine: Engine, manifest: SnapshotManifest, private: PrivatePart
+) -> tuple[list[int], Sampler, _Progress]:
     """Everything but the KV, checked against the model."""
     spec = engine.spec
-    if (
-        manifest.cached_tokens < 0
-        or len(manifest.tokens) % 4
-        or len(manifest.tokens) // 4 != manifest.cached_tokens + 1
-    ):
+    if manifest.cached_tokens < 0 or len(private.tokens) != 4 * (manifest.cached_tokens + 1):
         raise refused(manifest, "tokens", "their number does not match cached_tokens")
-    tokens: list[int] = np.frombuffer(manifest.tokens, dtype="<u4").tolist()
-    progress = _progress(manifest)
+    tokens: list[int] = np.frombuffer(private.tokens, dtype="<u4").tolist()
+    progress = _progress(manifest, private)
     if not max(1, manifest.cached_tokens) <= min(progress.capacity_tokens, spec.context_tokens):
         raise refused(
             manifest,
@@ -266,76 +355,56 @@ def _read_state(engine: Engine, manifest: SnapshotManifest) -> tuple[list[int], 
             raise refused(manifest, f"state.{name}", f"{count} of {len(tokens)} tokens")
     if max(tokens) >= spec.vocab_size:
         raise refused(manifest, "tokens", f"token {max(tokens)} is not in the vocabulary of {spec.vocab_size:,}")
-    return tokens, Sampler.from_state(manifest.sampler), progress
+    return tokens, Sampler.from_state(private.sampler), progress
 
 
-def _progress(manifest: SnapshotManifest) -> _Progress:
+def _progress(manifest: SnapshotManifest, private: PrivatePart) -> _Progress:
     try:
-        return msgspec.convert(manifest.state, _Progress)
+        return msgspec.convert(private.state, _Progress)
     except (msgspec.ValidationError, InvalidPrompt) as error:
         raise refused(manifest, "state", str(error)) from error
 
 
-def _read_layers(engine: Engine, manifest: SnapshotManifest, chunks: Sequence[bytes | memoryview]) -> list[LayerState]:
-    """The layers as arrays over the chunks; only planes that cross a chunk's border are copied."""
+def _read_layers(
+    engine: Engine, manifest: SnapshotManifest, private: PrivatePart, key: DataKey, chunks: Sequence[Chunk]
+) -> tuple[list[LayerState], npt.NDArray[np.float32] | None]:
+    """The layers, and the next token's logits where they are kept."""
     spec = engine.spec
-    expected = _layouts(spec, manifest.cached_tokens)
+    layouts = _layouts(spec, manifest.cached_tokens)
     if manifest.kv_dtype != spec.dtype:
         raise refused(manifest, "kv_dtype", f"{manifest.kv_dtype}, the model runs in {spec.dtype}")
-    if manifest.layers != expected:
+    if manifest.layers != layouts:
         raise refused(
             manifest, "layers", f"they are not those of {spec.name} after {manifest.cached_tokens:,} positions"
         )
     if manifest.states != _states(spec):
         raise refused(manifest, "states", f"they are not those of {spec.name}")
-    arrays = [_arrays(layout, own.states, spec.dtype) for own, layout in zip(spec.layers, expected, strict=True)]
-    total = sum(size for layer in arrays for _, _, size in layer)
-    counted = [chunk.size_bytes for chunk in manifest.chunks]
-    if manifest.total_bytes != total or sum(counted) != total:
-        raise refused(manifest, "total_bytes", f"{manifest.total_bytes:,}, the layers take {total:,}")
-    if any(size != MAX_CHUNK_BYTES for size in counted[:-1]):
-        raise refused(manifest, "chunks", f"one before the last is not of {MAX_CHUNK_BYTES:,} bytes")
-    if [len(chunk) for chunk in chunks] != counted:
-        raise refused(manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(counted)}")
-    layers = []
-    offset = 0
-    for own, layout, planned in zip(spec.layers, expected, arrays, strict=True):
-        planes: list[npt.NDArray[Any]] = []
-        for shape, dtype, size in planned:
-            planes.append(_slice(chunks, offset, size).view(dtype).reshape(shape))
-            offset += size
-        keys, values, *states = planes
-        layers.append(LayerState(own.kind, spec.dtype, keys, values, layout.seen_tokens, tuple(states)))
+    for place, part in manifest.parts():
+        expected = 4 * spec.vocab_size if place.kind == "logits" else plain_bytes(manifest, place)
+        if part.encoded_bytes != expected:
+            field = f"blocks[{place.block}].{place.kind}"
+            raise refused(manifest, field, f"{part.encoded_bytes:,} bytes, its layers take {expected:,}")
+    if [len(chunk) for chunk in chunks] != [ref.size_bytes for ref in manifest.chunks]:
+        raise refused(
+            manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
+        )
+    addresses = private.address_list()
+    assembly = Assembly(spec, layouts)
+    logits: npt.NDArray[np.float32] | None = None
+    buffer = memoryview(bytearray(max((part.encoded_bytes for _, part in manifest.parts()), default=0)))
+    for place, part, own in chunks_of_parts(manifest):
+        data = buffer[: part.encoded_bytes]
+        try:
+            open_part(key, place, chunks[own], addresses, manifest.codec, data)
+        except SnapshotRefused as error:
+            raise refused(manifest, f"blocks[{place.block}].{place.kind}", error.reason) from error
+        if place.kind == "logits":
+            logits = np.frombuffer(data, "<f4").copy()
+        else:
+            assembly.put(place, data)
+    layers = assembly.layers()
     check_layers(spec, layers)
-    return layers
-
-
-def _arrays(
-    layout: LayerLayout, states: Sequence[StateSpec], kv_dtype: str
-) -> list[tuple[tuple[int, ...], np.dtype[Any], int]]:
-    """Shape, dtype and bytes of a layer's keys, values and states."""
-    kv = (layout.kv_heads, layout.tokens, layout.head_dim)
-    shapes = [(kv, kv_dtype), (kv, kv_dtype), *((state.shape, state.dtype) for state in states)]
-    return [
-        (shape, STORAGE_DTYPES[dtype], math.prod(shape) * STORAGE_DTYPES[dtype].itemsize) for shape, dtype in shapes
-    ]
-
-
-def _slice(chunks: Sequence[bytes | memoryview], offset: int, size: int) -> npt.NDArray[np.uint8]:
-    """``size`` bytes of the stream from ``offset``: a view where one chunk holds them, else a copy."""
-    first, start = divmod(offset, MAX_CHUNK_BYTES)
-    if size == 0:
-        return np.empty(0, dtype=np.uint8)
-    if start + size <= len(chunks[first]):
-        return np.frombuffer(chunks[first], dtype=np.uint8, count=size, offset=start)
-    joined = np.empty(size, dtype=np.uint8)
-    done = 0
-    while done < size:
-        part = np.frombuffer(chunks[first], dtype=np.uint8)[start : start + size - done]
-        joined[done : done + len(part)] = part
-        done += len(part)
-        first, start = first + 1, 0
-    return joined
+    return layers, logits
 
 
 def _layouts(spec: ModelSpec, seen_tokens: int) -> list[LayerLayout]:

@@ -69,7 +69,8 @@ class Turn:
         state = begin(
             engine, self.tokens, sampling=self.sampling, settings=self.settings, capacity_tokens=capacity_tokens
         )
-        made = Conversation(self.ask.conversation, state, self.messages, len(self.tokens))
+        key, parent = (found.key, found.parent) if found is not None else (None, b"")
+        made = Conversation(self.ask.conversation, state, self.messages, len(self.tokens), key=key, parent=parent)
         made.keep = self.ask.keep or (found is not None and found.keep)
         return made
 

@@ -218,6 +218,8 @@ class Presence(Service):
         if message.node != self.node:
             self._liveness.hear(message)
         state: NodeState = message.data
+        if state.sealing_key and message.node != self.node:
+            self.context.peers.learn_sealing_key(message.node, state.sealing_key)
         if (
             message.node == self.node
             and state.fingerprint
@@ -337,6 +339,7 @@ class Presence(Service):
             services=[self.name, *self._own.running],
             pid=os.getpid(),
             reason=self._own.reason(self._late),
+            sealing_key=self.context.identity.sealing_key,
         )
 
     def _say_node(self) -> None:

@@ -18,16 +18,22 @@ from edge.bus import Bus
 from protocol.errors import BadSignature, BlobError, NotFound, Overloaded, UnknownPeer
 from protocol.identity import Identity, Keyring, digest
 from protocol.manifest import (
+    MANIFEST_VERSION,
     MAX_CHUNK_BYTES,
+    RAW,
+    Block,
     ChunkRef,
+    LayerLayout,
     ModelDigests,
     NumericsFingerprint,
+    Part,
     SignedManifest,
     SnapshotManifest,
     open_manifest,
     seal_manifest,
 )
 from protocol.messages import BlobChunk, BlobPull
+from protocol.sealing import SEAL_BYTES
 from tests.edge.bus_support import Child, wait_for
 from tests.edge.conftest import OpenBus
 
@@ -53,8 +59,9 @@ def make_snapshot(folder: Path, chunks: int = CHUNKS) -> Held:
     identity = Identity.generate("tomato")
     data = [os.urandom(MAX_CHUNK_BYTES) for _ in range(chunks - 1)] + [os.urandom(1000)]
     refs = [ChunkRef(digest=digest(chunk), size_bytes=len(chunk)) for chunk in data]
+    encoded_bytes = sum(map(len, data)) - chunks * SEAL_BYTES
     manifest = SnapshotManifest(
-        version=1,
+        version=MANIFEST_VERSION,
         model="none",
         digests=ModelDigests(weights=bytes(32), tokenizer=bytes(32), config=bytes(32)),
         creator="tomato",
@@ -71,15 +78,13 @@ def make_snapshot(folder: Path, chunks: int = CHUNKS) -> Held:
             batch_mode="deterministic",
         ),
         kv_dtype="float32",
-        layers=[],
-        codec="raw",
-        codec_params={},
-        cached_tokens=0,
-        tokens=bytes(4),
-        sampler={},
-        state={},
+        layers=[LayerLayout("full", 2**12, 2**10, 1, 1)],
+        codec=RAW,
+        cached_tokens=1,
+        blocks=[Block(1, full=Part(encoded_bytes, b"".join(ref.digest for ref in refs)))],
+        key_id=bytes(32),
+        sealed=b"",
         total_bytes=sum(map(len, data)),
-        chunks=refs,
     )
     signed = seal_manifest(identity, manifest)
     store = SnapshotStore(folder / "store")
@@ -350,9 +355,9 @@ def test_a_manifest_whose_file_was_changed_is_refused(held: Held) -> None:
 def test_a_manifest_changed_under_its_signature_is_refused(held: Held) -> None:
     changes: list[dict[str, Any]] = [
         {"conversation": "other"},
-        {"chunks": held.manifest.chunks[:-1]},
+        {"blocks": []},
         {"creator": "mars"},
-        {"tokens": bytes(8)},
+        {"sealed": bytes(8)},
     ]
     for change in changes:
         body = msgspec.msgpack.encode(msgspec.structs.replace(held.manifest, **change))
@@ -379,3 +384,32 @@ def test_a_damaged_chunk_is_found_and_removed(held: Held, damage: Callable[[byte
     assert held.store.chunk(ref) is None
     held.store.put_chunk(ref, held.data[0])
     assert held.store.chunks(held.manifest) == held.data
+
+
+def make_sharing(held: Held, store: SnapshotStore, *, last: bytes) -> str:
+    """Another snapshot in ``store`` whose chunks are those of ``held``, but for the last one."""
+    refs = [*held.manifest.chunks[:-1], ChunkRef(digest(last), len(last))]
+    part = Part(sum(ref.size_bytes - SEAL_BYTES for ref in refs), b"".join(ref.digest for ref in refs))
+    total = sum(ref.size_bytes for ref in refs)
+    manifest = msgspec.structs.replace(held.manifest, blocks=[Block(1, full=part)], total_bytes=total)
+    return store.save(seal_manifest(held.identity, manifest), refs, [*held.data[:-1], last])
+
+
+def test_removing_a_snapshot_leaves_what_another_shares_with_it(held: Held) -> None:
+    other = make_sharing(held, held.store, last=bytes(500))
+    assert held.store.identifiers() == [other, held.identifier]
+    assert held.store.remove(held.identifier) == len(held.data[-1])
+    assert held.store.identifiers() == [other]
+    chunks = open_manifest(held.store.manifest(other), held.keyring)
+    assert held.store.chunks(chunks) == [*held.data[:-1], bytes(500)]
+    with pytest.raises(NotFound):
+        held.store.remove(held.identifier)
+    assert held.store.remove(other) == chunks.total_bytes
+    assert list((held.folder / "store" / "chunks").iterdir()) == []
+
+
+def test_nothing_is_removed_while_a_snapshot_is_being_written(held: Held) -> None:
+    with held.store.writing(), held.store.writing(), pytest.raises(BlobError, match="being saved or fetched"):
+        held.store.remove(held.identifier)
+    assert held.store.chunks(held.manifest) == held.data
+    assert held.store.remove(held.identifier) == held.manifest.total_bytes

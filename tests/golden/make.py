@@ -19,6 +19,7 @@ import msgspec
 from protocol.entries import entry_hash
 from protocol.identity import DOMAIN_ENTRY, DOMAIN_MANIFEST
 from protocol.messages import MESSAGES
+from protocol.sealing import ROLE_PRIVATE
 from tests.golden import values
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,7 +72,7 @@ def files_of(type: str) -> tuple[str, dict[str, bytes]]:
 def signed_files(name: str) -> tuple[str, dict[str, bytes]]:
     """The same for a test vector of what is signed: each step from the private key to the bytes on the wire."""
     if name == "signed-entry":
-        signed: msgspec.Struct = values.FIRST
+        wire = msgspec.msgpack.encode(values.FIRST)
         domain, body = DOMAIN_ENTRY, values.FIRST.header
         inside = {
             "header": msgspec.msgpack.decode(values.FIRST.header),
@@ -81,8 +82,23 @@ def signed_files(name: str) -> tuple[str, dict[str, bytes]]:
     else:
         signed = values.SIGNED_MANIFEST
         domain, body = DOMAIN_MANIFEST, values.SIGNED_MANIFEST.manifest
-        inside = {"manifest": msgspec.msgpack.decode(body), "snapshot_id": values.SNAPSHOT}
-    wire = msgspec.msgpack.encode(signed)
+        key, manifest = values.DATA_KEY, values.MANIFEST
+        plain_parts = (values.KV_FULL, values.KV_SLIDING)
+        inside = {
+            "manifest": msgspec.msgpack.decode(body),
+            "snapshot_id": values.SNAPSHOT,
+            "sealing_key": values.SPROUT.sealing.public_key,
+            "wraps": [msgspec.msgpack.decode(each.wrap) for each in signed.wraps],
+            "data_key": key.secret,
+            "private": msgspec.msgpack.decode(key.open(ROLE_PRIVATE, manifest.sealed)),
+            "chunks": [
+                {"role": role, "plaintext": plain, "sealed": bytes(key.seal(role, plain))}
+                for (place, _), plain in zip(manifest.parts(), plain_parts, strict=True)
+                for role in [place.role(values.ADDRESSES, manifest.codec, 0)]
+            ],
+            "provenance": [msgspec.msgpack.decode(each.statement) for each in signed.provenance],
+        }
+        wire = msgspec.msgpack.encode(signed)
     readable = {
         "private_key": values.SEED,
         "fingerprint": values.SPROUT.fingerprint,

@@ -18,13 +18,19 @@ from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_
 from protocol.errors import ErrorInfo
 from protocol.identity import Identity, digest
 from protocol.manifest import (
-    ChunkRef,
+    RAW,
+    Block,
     LayerLayout,
     ModelDigests,
     NumericsFingerprint,
+    Part,
+    PartPlace,
+    PrivatePart,
     SignedManifest,
     SnapshotManifest,
+    prefix_addresses,
     seal_manifest,
+    seal_private,
     snapshot_id,
 )
 from protocol.messages import (
@@ -74,6 +80,8 @@ from protocol.messages import (
     TokenChance,
     Usage,
 )
+from protocol.provenance import add_statement
+from protocol.sealing import DataKey, wrap_key
 
 TIME_US = 1_775_000_000_123_456
 ENVELOPE_ID = "019d463e-967b-7000-8000-000000000001"
@@ -131,10 +139,19 @@ def vector_digest(origins: list[OriginHave]) -> bytes:
 
 
 CHUNK = bytes(range(256)) * 2
+DATA_KEY = DataKey(bytes(range(64, 96)))
+"""Of the golden snapshot; whoever has ``SEED`` finds it in the wrap."""
+MODEL = ModelDigests(weights=digest(b"weights"), tokenizer=digest(b"tokenizer"), config=digest(b"config"))
+TOKENS = b"".join(token.to_bytes(4, "little") for token in (504, 3575, 260))
+ADDRESSES = prefix_addresses(MODEL, TOKENS, 2)
+KV_FULL, KV_SLIDING = CHUNK, CHUNK[:256]
+"""Keys and values of two positions and of one, a head of 64 numbers of 16 bits."""
+SEALED_FULL = bytes(DATA_KEY.seal(PartPlace("full", 0).role(ADDRESSES, RAW, 0), KV_FULL))
+SEALED_SLIDING = bytes(DATA_KEY.seal(PartPlace("sliding", 0).role(ADDRESSES, RAW, 0), KV_SLIDING))
 MANIFEST = SnapshotManifest(
-    version=1,
+    version=2,
     model="smollm2-135m-instruct",
-    digests=ModelDigests(weights=digest(b"weights"), tokenizer=digest(b"tokenizer"), config=digest(b"config")),
+    digests=MODEL,
     creator="sprout",
     created_us=TIME_US,
     conversation="garden",
@@ -151,18 +168,41 @@ MANIFEST = SnapshotManifest(
     kv_dtype="bfloat16",
     layers=[
         LayerLayout(kind="full", kv_heads=1, head_dim=64, tokens=2, seen_tokens=2),
-        LayerLayout(kind="sliding", kv_heads=1, head_dim=64, tokens=1, seen_tokens=2, window_tokens=1),
+        LayerLayout(kind="sliding", kv_heads=1, head_dim=64, tokens=1, seen_tokens=2, window_tokens=2),
     ],
-    codec="raw",
-    codec_params={},
+    codec=RAW,
     cached_tokens=2,
-    tokens=b"".join(token.to_bytes(4, "little") for token in (504, 3575, 260)),
-    sampler={"temperature": 0.5, "seed": 7},
-    state={"messages": [{"role": "user", "content": "Where is the key?"}]},
-    total_bytes=len(CHUNK),
-    chunks=[ChunkRef(digest(CHUNK), len(CHUNK))],
+    blocks=[
+        Block(
+            tokens=2,
+            full=Part(encoded_bytes=len(KV_FULL), digests=digest(SEALED_FULL)),
+            sliding=Part(encoded_bytes=len(KV_SLIDING), digests=digest(SEALED_SLIDING)),
+        )
+    ],
+    key_id=DATA_KEY.id,
+    sealed=seal_private(
+        DATA_KEY,
+        PrivatePart(
+            addresses=b"".join(ADDRESSES),
+            sampler={"temperature": 0.5, "seed": 7},
+            state={"messages": [{"role": "user", "content": "Where is the key?"}]},
+            tokens=TOKENS,
+        ),
+    ),
+    total_bytes=len(SEALED_FULL) + len(SEALED_SLIDING),
 )
 SIGNED_MANIFEST: SignedManifest = seal_manifest(SPROUT, MANIFEST)
+SIGNED_MANIFEST.wraps = [
+    wrap_key(
+        SPROUT,
+        DATA_KEY,
+        "sprout",
+        SPROUT.sealing.public_key,
+        created_us=TIME_US,
+        ephemeral_secret=bytes(range(96, 128)),
+    )
+]
+SIGNED_MANIFEST.provenance = add_statement(SPROUT, [], digest(SIGNED_MANIFEST.manifest), "created", time_us=TIME_US)
 SNAPSHOT = snapshot_id(SIGNED_MANIFEST)
 
 BUILT_FILES = {"card.json": b"{}", "model.onnx": CHUNK}
@@ -221,6 +261,7 @@ VALUES: dict[str, msgspec.Struct] = {
         services=["memory_store", "sync_bridge"],
         pid=4242,
         reason="model_runner is failed: torch not installed",
+        sealing_key=SPROUT.sealing_key,
     ),
     "node.sleep": NodeSleep(),
     "node.wake": NodeWake(),
@@ -363,13 +404,13 @@ VALUES: dict[str, msgspec.Struct] = {
     "snapshot.announce": SnapshotAnnounce(
         snapshot=SNAPSHOT, conversation="garden", model="smollm2-135m-instruct", tokens=3, size_bytes=len(CHUNK)
     ),
-    "snapshot.manifest.ask": SnapshotManifestAsk(snapshot=SNAPSHOT),
+    "snapshot.manifest.ask": SnapshotManifestAsk(snapshot=SNAPSHOT, sealing_key=SPROUT.sealing_key),
     "snapshot.manifest": SIGNED_MANIFEST,
     "model.built.ask": ModelBuiltAsk(name="smollm2-135m-instruct", precision="int4", provider="cuda"),
     "model.built": SIGNED_BUILT_MANIFEST,
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
-    "blob.chunk": BlobChunk(index=0, data=CHUNK),
+    "blob.chunk": BlobChunk(index=0, data=SEALED_FULL),
 }
 
 

@@ -29,7 +29,7 @@ from protocol.topics import parse
 from tests.golden import make, values
 
 every_row = pytest.mark.parametrize("row", MESSAGES.values(), ids=lambda row: row.type)
-FREE_MAPS = {"counters", "details", "codec_params", "sampler", "state", "dev", "o", "cmps", "avty"}
+FREE_MAPS = {"counters", "details", "params", "sampler", "state", "dev", "o", "cmps", "avty"}
 """Fields whose keys are the sender's own."""
 KEYRING = Keyring({"sprout": values.SPROUT.fingerprint})
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 pytest.importorskip("llguidance", reason="llguidance is not installed: make install (extra `model`)")
 
 from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
+from protocol.sealing import DataKey
 from services.model_runner import snapshot
 from services.model_runner.constrained import MAX_SCHEMA_CHARACTERS, Grammars
 from services.model_runner.generation import GenerationSettings, GenerationState, accept, begin, extend, generate
@@ -230,8 +231,9 @@ def test_a_constrained_answer_goes_on_exactly_from_a_snapshot(
     expected = list(generate(engine, whole))
     first = constrained(engine, grammars)
     said = list(itertools.islice(generate(engine, first), at))
-    packed = snapshot.pack(engine, first, conversation="c", creator="here")
-    there = snapshot.unpack(engine, packed.manifest, packed.chunks).state
+    key = DataKey.generate()
+    packed = snapshot.pack(engine, first, conversation="c", creator="here", key=key)
+    there = snapshot.unpack(engine, packed.manifest, key, packed.chunks).state
     assert there.constraint is None
     with pytest.raises(ModelError, match="not of one state"):
         accept(engine, there, np.zeros(tokenizer.size, dtype=np.float32))

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from protocol.errors import ModelUnavailable
+from protocol.sealing import DataKey
 from services.model_runner import snapshot
 from services.model_runner.engine import LayerState
 from services.model_runner.generation import GenerationSettings, begin, generate
@@ -20,6 +21,7 @@ from services.model_runner.sampling import SamplingSettings
 from services.model_runner.transformers_engine import TransformersEngine
 from tests.support.once import once_a_run
 
+KEY = DataKey(bytes(32))
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(0, 256, 600)]
 _SIZES: dict[str, Any] = {
     "vocab_size": 259,
@@ -182,16 +184,16 @@ def test_a_resumed_state_gives_the_same_tokens_and_logits(name: str, prompt_toke
     for _ in range(4):
         next(stream)
     stream.close()
-    packed = snapshot.pack(engine, state, conversation="c", creator="here")
+    packed = snapshot.pack(engine, state, conversation="c", creator="here", key=KEY)
     assert packed.manifest.states
     assert packed.manifest.total_bytes == sum(len(chunk) for chunk in packed.chunks)
-    resumed = snapshot.unpack(engine, packed.manifest, [bytes(chunk) for chunk in packed.chunks])
+    resumed = snapshot.unpack(engine, packed.manifest, KEY, [bytes(chunk) for chunk in packed.chunks])
     assert (resumed.how, resumed.reason) == ("exact", "")
     fork = engine.fork(state.cache, state.cache.length, 512)
     assert fork is not None
     for token in TOKENS[:20]:
         np.testing.assert_array_equal(engine.step(fork, token), engine.step(resumed.state.cache, token))
-    again = snapshot.unpack(engine, packed.manifest, [bytes(chunk) for chunk in packed.chunks]).state
+    again = snapshot.unpack(engine, packed.manifest, KEY, [bytes(chunk) for chunk in packed.chunks]).state
     assert [token.token for token in generate(engine, again)] == [token.token for token in generate(engine, state)]
 
 

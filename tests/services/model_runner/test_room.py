@@ -12,6 +12,7 @@ import pytest
 
 from edge.db import Database, open_database
 from protocol.errors import ModelError
+from protocol.identity import Identity
 from protocol.ids import uuid7
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken
 from services.model_runner.answers import Run
@@ -51,7 +52,11 @@ class Runner:
         self.tokens: list[RunToken] = []
         self.on_token: Callable[[str, RunToken], None] = lambda _run, _token: None
         self.parking = Parking(
-            folder / "parked", engine, most_bytes=parked_bytes, on_drop=lambda name, _: self.dropped.append(name)
+            folder / "parked",
+            engine,
+            identity=Identity("tomato", bytes(32)),
+            most_bytes=parked_bytes,
+            on_drop=lambda name, _: self.dropped.append(name),
         )
         conversations = Conversations(
             self.db,

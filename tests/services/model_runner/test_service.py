@@ -343,6 +343,21 @@ def test_a_snapshot_is_resumed_under_another_name_beside_the_first(pair: Pair) -
         pair.ask("sprout", conversation)
 
 
+def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pair) -> None:
+    conversation = new("back")
+    pair.ask("tomato", conversation, "word " * 260, max_new_tokens=4, ignore_eos=True)
+    assert pair.resume(pair.save(conversation).snapshot).how == "exact"
+    there = pair.ask("sprout", conversation, max_new_tokens=4, ignore_eos=True)
+    saved: SnapshotSaved = pair.bus.ask("sprout", ModelSnapshot(conversation), ttl_ms=TTL_MS)
+    back: ModelResumed = pair.bus.ask(
+        "tomato", ModelResume(saved.snapshot, "sprout", f"{conversation}-back"), ttl_ms=TTL_MS
+    )
+    assert (back.how, back.tokens) == ("exact", saved.tokens)
+    assert saved.tokens > 256 + len(there.tokens)
+    # Its first 256 positions are at tomato: what came is the rest, and the manifest.
+    assert back.size_bytes < saved.size_bytes / 2
+
+
 def test_a_conversation_that_is_being_answered_is_not_replaced(pair: Pair) -> None:
     conversation = new("busy")
     pair.ask("tomato", conversation, QUESTION)
