@@ -12,16 +12,17 @@ Importing this module imports no tensor library.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from protocol.errors import ContextOverflow, InvalidPrompt, SnapshotRefused
+from protocol.errors import ContextOverflow, InvalidPrompt, ModelError, SnapshotRefused
 from protocol.manifest import ModelDigests, NumericsFingerprint
 
 PREFILL_CHUNK_TOKENS = 256
@@ -310,6 +311,17 @@ def chunk_ends(start: int, stop: int, chunk_tokens: int) -> list[int]:
     first = (start // chunk_tokens + 1) * chunk_tokens
     ends = list(range(first, stop, chunk_tokens))
     return [*ends, stop] if stop > start else []
+
+
+@contextlib.contextmanager
+def naming_step(index: int, steps: Sequence[object]) -> Iterator[None]:
+    """For ``step_batch``: errors raised within, before anything is computed, name the step that they are about."""
+    try:
+        yield
+    except ModelError as error:
+        if len(steps) > 1:
+            error.field = f"steps[{index}]"
+        raise
 
 
 def check_layers(spec: ModelSpec, layers: Sequence[LayerState]) -> None:

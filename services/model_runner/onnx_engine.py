@@ -28,6 +28,7 @@ from services.model_runner.engine import (
     ShouldStop,
     chunk_ends,
     chunk_schedule,
+    naming_step,
 )
 from services.model_runner.onnx_graph import INDICES_NAME
 from services.model_runner.onnx_memory import DeviceRows, Row, RowArena, Rows
@@ -199,14 +200,16 @@ class OnnxEngine(Engine):
         return self.step_batch([(cache, token)])[0]
 
     def step_batch(self, steps: Sequence[tuple[KVCache, int]]) -> list[Logits]:
+        caches = [self._own(cache) for cache, _ in steps]
+        rows = []
+        for index, (cache, (_, token)) in enumerate(zip(caches, steps, strict=True)):
+            with naming_step(index, steps):
+                self.check_tokens(cache, (token,))
+                rows.append(cache.taken_row())
         if len(steps) > self.max_batch:
             parts = [steps[at : at + self.max_batch] for at in range(0, len(steps), self.max_batch)]
             return [logits for part in parts for logits in self.step_batch(part)]
-        caches = [self._own(cache) for cache, _ in steps]
-        for cache, (_, token) in zip(caches, steps, strict=True):
-            self.check_tokens(cache, (token,))
         self._check_memory(len(steps))
-        rows = [cache.taken_row() for cache in caches]
         if len(set(map(id, rows))) < len(rows):
             raise ModelError(
                 f"stepping {len(rows)} conversations of {self.spec.name} at once: one of them is there twice",

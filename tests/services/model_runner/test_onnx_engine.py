@@ -245,6 +245,28 @@ def test_what_an_earlier_conversation_left_in_a_row_is_never_read(engine: OnnxEn
     np.testing.assert_array_equal(steps(engine, cache, TOKENS[:60]), expected)
 
 
+def test_a_step_that_cannot_be_made_is_named_and_nothing_is_computed(llama: OnnxEngine) -> None:
+    caches = [read(llama, TOKENS[: 10 + index]) for index in range(llama.max_batch + 2)]
+    full = read(llama, TOKENS[:2], capacity_tokens=2)
+    for at in (1, llama.max_batch + 1):  # in the second part of a large batch too
+        batch: list[tuple[KVCache, int]] = [(cache, 1) for cache in caches]
+        with pytest.raises(ContextOverflow) as overflow:
+            llama.step_batch([*batch[:at], (full, 1), *batch[at + 1 :]])
+        assert overflow.value.field == f"steps[{at}]"
+        with pytest.raises(InvalidPrompt) as invalid:
+            llama.step_batch([*batch[:at], (caches[at], -1), *batch[at + 1 :]])
+        assert invalid.value.field == f"steps[{at}]"
+    closed = llama.new_cache(8)
+    closed.close()
+    with pytest.raises(ModelError, match="closed") as broken:
+        llama.step_batch([(closed, 1), (caches[0], 1)])
+    assert broken.value.field == "steps[0]"
+    with pytest.raises(ContextOverflow) as alone:
+        llama.step(full, 1)
+    assert alone.value.field == "tokens"
+    assert [cache.length for cache in caches] == [10 + index for index in range(len(caches))]
+
+
 def test_one_cache_twice_in_a_batch_is_refused(llama: OnnxEngine) -> None:
     cache = read(llama, TOKENS[:9])
     with pytest.raises(ModelError, match="twice"):

@@ -78,11 +78,11 @@ def test_a_prefill_cancelled_between_chunks_and_taken_up_again_is_bit_identical(
     whole, parts = engine.new_cache(1024), engine.new_cache(1024)
     engine.prefill(whole, TOKENS[:700])
     progress: list[tuple[int, int]] = []
-    read = engine.prefill(
-        parts, TOKENS[:700], lambda: parts.length >= PREFILL_CHUNK_TOKENS, lambda *at: progress.append(at)
-    )
-    assert (read, parts.length, progress) == (256, 256, [(256, 700)])
-    assert engine.prefill(parts, TOKENS[256:700]) == 444
+    chunk = engine.chunk_tokens
+    assert PREFILL_CHUNK_TOKENS % chunk == 0
+    read = engine.prefill(parts, TOKENS[:700], lambda: parts.length >= chunk, lambda *at: progress.append(at))
+    assert (read, parts.length, progress) == (chunk, chunk, [(chunk, 700)])
+    assert engine.prefill(parts, TOKENS[chunk:700]) == 700 - chunk
     np.testing.assert_array_equal(engine.step(whole, 9), engine.step(parts, 9))
 
 
