@@ -7,9 +7,9 @@ basis. ``ladder`` takes the strongest that is faithful enough; ``calibrate`` mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from protocol.manifest import CodecRef
 from services.model_runner.codecs.base import Codec, refused
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.int8 import Int8
@@ -22,32 +22,35 @@ RUNGS: dict[str, Callable[[], Codec]] = {rung.name: rung for rung in (Raw, Lossl
 """Those that need no basis, by name, the largest first."""
 
 
-def codec(name: str, params: Mapping[str, Any], basis: Basis | None = None) -> Codec:
+def codec(ref: CodecRef, basis: Basis | None = None) -> Codec:
     """The decoder that a manifest names.
 
     Args:
-        basis: of the model, for ``transform``: the one whose digest is in ``params`` (``basis_digest``).
+        basis: of the model, for ``transform``: the one whose digest is in its parameters (``basis_digest``).
 
     Raises SnapshotRefused for a rung, a version or a basis that is not here.
     """
     found: Codec
+    name = ref.name[:40]
     if name == Transform.name:
-        level = params.get("level")
-        if basis is None or basis.digest != basis_digest(params):
-            raise refused(name, "codec_params.basis", "this node has not that basis of the model")
+        level = ref.params.get("level")
+        if basis is None or basis.digest != basis_digest(ref):
+            raise refused(name, "codec.params.basis", "this node has not that basis of the model")
         if not isinstance(level, str) or level not in basis.levels:
-            raise refused(name, "codec_params.level", f"the basis has {', '.join(basis.levels)}")
+            raise refused(name, "codec.params.level", f"the basis has {', '.join(basis.levels)}")
         found = Transform(basis, level)
     elif name in RUNGS:
         found = RUNGS[name]()
     else:
-        raise refused(name[:40], "codec", f"unknown; this version has {', '.join([*RUNGS, Transform.name])}")
-    if dict(params) != found.params():
-        raise refused(name, "codec_params", f"this version reads {found.params()}")
+        raise refused(name, "codec.name", f"unknown; this node has {', '.join([*RUNGS, Transform.name])}")
+    if ref.version != found.version:
+        raise refused(name, "codec.version", f"{ref.version}, this node reads {found.version}")
+    if ref.params != found.params():
+        raise refused(name, "codec.params", f"this node reads {found.params()}")
     return found
 
 
-def basis_digest(params: Mapping[str, Any]) -> bytes:
+def basis_digest(ref: CodecRef) -> bytes:
     """Of the basis that a manifest's codec needs; empty when none."""
-    found = params.get("basis", b"")
+    found = ref.params.get("basis", b"")
     return found if isinstance(found, bytes) else b""

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import SnapshotRefused
+from protocol.manifest import BLOCK_TOKENS, CodecRef
 from services.model_runner.engine import DTYPE_BYTES, STORAGE_DTYPES, LayerState, ModelSpec
 
-BLOCK_TOKENS = 256
 MOST_EXACT = 255
 """Last tokens of a block that a lossy rung can keep exactly."""
 
@@ -69,6 +69,14 @@ class BlockLayout:
         values = sum(2 * layer.kv_heads * layer.tokens * layer.head_dim for layer in self.layers)
         return values * DTYPE_BYTES[self.dtype]
 
+    def of_kind(self, spec: ModelSpec, kind: str) -> BlockLayout:
+        """What a manifest's part holds of it: the layers of one kind; the others hold nothing."""
+        layers = (
+            layer if own.kind == kind else layer._replace(tokens=0)
+            for layer, own in zip(self.layers, spec.layers, strict=True)
+        )
+        return replace(self, layers=tuple(layers))
+
     def empty(self) -> list[Plane]:
         """New arrays for it, not filled."""
         dtype = STORAGE_DTYPES[self.dtype]
@@ -112,8 +120,13 @@ class Codec(ABC):
     """Of the bytes of a block; a decoder reads its own alone."""
 
     def params(self) -> dict[str, Any]:
-        """What a decoder must know beside the name: plain msgpack types, for the manifest."""
-        return {"version": self.version}
+        """What a decoder must know beside name and version: plain msgpack types."""
+        return {}
+
+    @property
+    def ref(self) -> CodecRef:
+        """How a manifest names it."""
+        return CodecRef(self.name, self.version, self.params())
 
     def encode(self, planes: Sequence[Plane], layout: BlockLayout, recent: int = 0) -> bytes:
         """One block as bytes.

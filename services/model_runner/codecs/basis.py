@@ -142,8 +142,10 @@ def read_basis(data: bytes, spec: ModelSpec) -> Basis:
         raise _refuse("digests.tokenizer", f"it is {file.model}'s, not {spec.name}'s")
     if file.layers != [(layer.kv_heads, layer.head_dim) for layer in spec.layers]:
         raise _refuse("layers", f"they are not those of {spec.name}")
+    if len(file.layer_rotations) != len(spec.layers):
+        raise _refuse("layer_rotations", f"{len(file.layer_rotations)} for {len(spec.layers)} layers")
     groups = tuple(_group(row, spec) for row in file.groups)
-    _check_cover(groups, spec)
+    _check_cover(file, groups, spec)
     levels = {row.name: _level(row, file.groups) for row in file.levels}
     return Basis(file, digest(data), len(data), groups, levels, _angles(file, spec))
 
@@ -180,14 +182,14 @@ def _numbers(field: str, data: bytes, dtype: str, count: int) -> Floats:
     return found
 
 
-def _check_cover(groups: Sequence[Group], spec: ModelSpec) -> None:
+def _check_cover(file: BasisFile, groups: Sequence[Group], spec: ModelSpec) -> None:
     wanted = [at for at, layer in enumerate(spec.layers) if layer.kv_heads]
     for side in (KEYS, VALUES):
         if sorted(at for group in groups if group.side == side for at in group.layers) != wanted:
             raise _refuse("groups", f"they do not hold each layer's {side} once")
     for group in groups:
-        kinds = {(spec.layers[at].kind, spec.layers[at].window_tokens) for at in group.layers}
-        if len(kinds) > 1:
+        # They are handled as one: equally many tokens, heads of one size, turned alike.
+        if len({(spec.layers[at], file.layer_rotations[at]) for at in group.layers}) > 1:
             raise _refuse("groups", "layers of several kinds are together")
 
 
@@ -210,8 +212,6 @@ def _level(row: LevelRow, groups: Sequence[GroupRow]) -> Level:
 
 
 def _angles(file: BasisFile, spec: ModelSpec) -> tuple[Array, ...]:
-    if len(file.layer_rotations) != len(spec.layers):
-        raise _refuse("layer_rotations", f"{len(file.layer_rotations)} for {len(spec.layers)} layers")
     found = []
     for at, layer in zip(file.layer_rotations, spec.layers, strict=True):
         if not 0 <= at < len(file.rotations) or 2 * len(file.rotations[at]) > layer.head_dim:

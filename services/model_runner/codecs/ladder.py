@@ -16,8 +16,12 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from protocol import manifest
+from services.model_runner.codecs import RUNGS
 from services.model_runner.codecs.base import Array, Codec, block_layouts, block_planes
+from services.model_runner.codecs.basis import NEAR, SMALL, Basis
 from services.model_runner.codecs.exact_rows import recent_in
+from services.model_runner.codecs.transform import Transform
 from services.model_runner.engine import STORAGE_DTYPES, Engine, LayerSpec, LayerState, ModelSpec
 
 TEST_TOKENS = 128
@@ -59,6 +63,17 @@ class Certificate(msgspec.Struct, frozen=True):
     decode_s: float
     """Seconds that this node took for the whole state; ``decode_s`` is 0 when no test was run."""
 
+    def for_manifest(self) -> manifest.Certificate | None:
+        """As a manifest holds it: what was measured, else the rung's usual figures; none when exact."""
+        if self.exact:
+            return None
+        if self.measured is not None:
+            found = self.measured
+            return manifest.Certificate(found.tokens, found.mean_kl, found.top1, ["mean_kl", "top1"])
+        if self.usual is not None:
+            return manifest.Certificate(0, self.usual.mean_kl, self.usual.top1, [])
+        return manifest.Certificate(0, None, None, [])
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -82,6 +97,18 @@ class Chosen:
 
 USUAL: dict[str, Usual] = {}
 """Of the rungs that need no basis; those of ``transform`` stand in the basis."""
+
+
+def rungs(basis: Basis | None = None) -> list[tuple[Codec, Usual | None]]:
+    """All rungs, the smallest first, as ``choose`` wants them; without ``transform`` where there is no basis."""
+    found: list[tuple[Codec, Usual | None]] = []
+    for level in (SMALL, NEAR):
+        if basis is not None and level in basis.levels:
+            row = basis.levels[level].row
+            found.append((Transform(basis, level), Usual(row.mean_kl, row.top1, row.ratio, "texts held back")))
+    for name in ("rotated4", "int8", "lossless", "raw"):
+        found.append((RUNGS[name](), USUAL.get(name)))
+    return found
 
 
 def encode_blocks(
@@ -150,8 +177,8 @@ def fidelity(
         decoded: what a codec made of it.
 
     None when the model has recurrent layers, which cannot be taken back, or the context is too short. A sliding
-    layer no longer has all that its window held then: what is missing is filled, alike in both caches, with the
-    oldest positions that it has, so the comparison stands, though the text's own distribution is not computed.
+    layer no longer has all that its window held then: what is missing is filled, alike in both caches, with other
+    positions of it, so the comparison stands, though it is not quite the text's own distribution that is compared.
     """
     test = Test.of(engine, tokens, exact, test_tokens)
     return None if test is None else test.compare(decoded)

@@ -2,9 +2,9 @@
 
 Nearly all that can be saved lies in the exponents: the numbers of one channel (a layer's head and dimension) have
 about the same size. Each number's bits are turned left by one, so that its exponent fills the uppermost byte and its
-sign joins the mantissa. From that byte the channel's own mean is taken, and what is left is entropy coded by zstd
-(Huffman, since there is nothing to match); the other bytes stay as they are where coding gains nothing. The same
-idea without channels: ZipNN (arXiv 2411.05239), DFloat11 (2504.11651).
+sign joins the mantissa. From that byte the channel's own mean is taken, and the sign is turned round where most of the
+channel's are negative; what is left is entropy coded by zstd (Huffman, since there is nothing to match). Bytes stay as
+they are where coding gains nothing. The same idea without channels: ZipNN (arXiv 2411.05239), DFloat11 (2504.11651).
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def _pack_one(array: Array, compressor: zstandard.ZstdCompressor) -> list[bytes]
         means = np.rint(top.mean(axis=1, dtype=np.float32)).astype(np.uint8)
         parts.append(means.tobytes())
         top -= means[:, None, :]
+        flips = (turned & 1).mean(axis=1, dtype=np.float32) > 0.5
+        parts.append(np.packbits(flips).tobytes())
+        turned ^= flips[:, None, :]
     parts.append(_pack_plane(top, compressor))
     for shift in range(bits - 16, -1, -8):
         parts.append(_pack_plane((turned >> shift).astype(np.uint8), compressor))
@@ -93,12 +96,18 @@ def _unpack_one(
     if 0 in shape:
         return np.empty(shape, kind)
     channels = (shape[0], 1, shape[2])
-    means = reader.array("means", "u1", channels) if shape[1] >= _FEWEST_TOKENS else np.zeros(channels, np.uint8)
+    means = np.zeros(channels, np.uint8)
+    flips = np.zeros(channels, np.uint8)
+    if shape[1] >= _FEWEST_TOKENS:
+        means = reader.array("means", "u1", channels)
+        count = shape[0] * shape[2]
+        flips = np.unpackbits(reader.array("signs", "u1", (-(-count // 8),)), count=count).reshape(channels)
     top = _unpack_plane(reader, shape, decompressor) + means
     turned = top.astype(kind)
     for _ in range(itemsize - 1):
         turned <<= 8
         turned |= _unpack_plane(reader, shape, decompressor)
+    turned ^= flips
     words = turned >> 1
     turned <<= 8 * itemsize - 1
     words |= turned

@@ -54,7 +54,8 @@ class Table:
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
         symbols = np.repeat(np.arange(len(counts), dtype=np.uint8), counts)
         entries = (counts[symbols] << 16) | (np.arange(TOTAL) - starts[symbols])
-        own = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):  # what is then infinite is refused by whoever reads a basis
+            own = np.asarray(values, np.float32)
         return cls(
             counts.astype(np.uint32),
             own,

@@ -56,7 +56,7 @@ class Rotated4(Codec):
                     numbers.append(packed)
         medians = b"".join(np.median(each, axis=1).astype(np.uint8).tobytes() for each in codes)
         relative = b"".join((each - np.median(each, axis=1).astype(np.uint8)[:, None]).tobytes() for each in codes)
-        coded = zstandard.ZstdCompressor(level=3, write_content_size=False).compress(relative)
+        coded = zstandard.ZstdCompressor(level=3, write_content_size=False).compress(relative) if relative else b""
         return b"".join(
             [
                 medians,
@@ -73,9 +73,10 @@ class Rotated4(Codec):
         heads = [layer.kv_heads for layer in held]
         sizes = [layer.kv_heads * layer.tokens for layer in held]
         medians = reader.array("scales", "u1", (sum(heads),))
-        coded = reader.take("scales", reader.number("scales", 2 * sum(sizes) + 1024))
+        coded = reader.take("scales", reader.number("scales", 2 * sum(sizes) + 1024 if sizes else 0))
         decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
-        relative = np.frombuffer(inflate(reader, "scales", coded, sum(sizes), decompressor), np.uint8)
+        codes_of_all = inflate(reader, "scales", coded, sum(sizes), decompressor) if sizes else b""
+        relative = np.frombuffer(codes_of_all, np.uint8)
         packed = [
             reader.array("numbers", "u1", (layer.kv_heads, layer.tokens, -(-layer.head_dim // 2))) for layer in held
         ]

@@ -17,6 +17,7 @@ Sinks and recent tokens are exact and no part of this.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 from services.model_runner.codecs import rans
 from services.model_runner.codecs.base import (
     Array,
+    BlockLayer,
     BlockLayout,
     Codec,
     Floats,
@@ -37,11 +39,12 @@ from services.model_runner.codecs.base import (
 )
 from services.model_runner.codecs.basis import KEYS, NEAR, Basis, Group
 from services.model_runner.codecs.exact_rows import held_rows, pack_rows, read_counts, sinks_in, unpack_rows
+from services.model_runner.engine import STORAGE_DTYPES
 
 DEAD_ZONE = 0.15
-"""A number is rounded up only this much beyond the half: fewer symbols that are not 0, at hardly any more error."""
-_LANES = 1024
-"""Symbols that one numpy call decodes: more cost 4 bytes each a block, fewer are slow."""
+"""A number is rounded away from 0 only when it is this much beyond the half: more zeros, at hardly any more error."""
+_LANES = 2048
+"""Symbols that one numpy call codes. Part of the format: each lane costs 4 bytes a block, and fewer are slower."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class _Stream:
     rows: int
     groups: tuple[int, ...]
     order: Array
-    """Components of the groups put one after another, dropped ones left out, sorted by class."""
+    """Kept components of the groups, put one after another, sorted by class."""
     classes: Array
     """Of ``order``: index of its table."""
+    tables: tuple[tuple[int, int], ...]
+    """Each table of ``classes``, and the symbols that it has: components of one class follow one another."""
     runs: tuple[rans.Run, ...]
 
 
@@ -66,11 +71,14 @@ class Transform(Codec):
         self.basis = basis
         self.level = basis.levels[level]
         step = np.float32(self.level.row.step)
+        self._kept = [np.flatnonzero(classes) for classes in self.level.classes]
         self._forward: list[Floats | None] = [None] * len(basis.groups)
-        self._back = [(group.axes * step) / group.weights for group in basis.groups]
+        self._back = [
+            (group.axes[kept] * step) / group.weights for group, kept in zip(basis.groups, self._kept, strict=True)
+        ]
 
     def params(self) -> dict[str, Any]:
-        return {"version": self.version, "basis": self.basis.digest, "level": self.level.row.name}
+        return {"basis": self.basis.digest, "level": self.level.row.name}
 
     # --- bytes ----------------------------------------------------------------------------------------------------
 
@@ -93,39 +101,37 @@ class Transform(Codec):
         reader = Reader(self.name, data)
         first, last = read_counts(reader, layout)
         exact = reader.take("exact", reader.number("exact", reader.left))
-        streams = [self._read(reader, stream) for stream in self._streams(layout, first, last)]
+        streams = [(stream, self._read(reader, stream)) for stream in self._streams(layout, first, last)]
         reader.end()
         planes = layout.empty() if out is None else out
         for stream, values in streams:
             start = 0
             for at in stream.groups:
-                count = len(self.basis.groups[at].axes)
+                count = len(self._kept[at])
                 self._restore(at, values[start : start + count], planes, layout, first, last)
                 start += count
         unpack_rows(Reader(self.name, exact), layout, planes, first, last)
         return planes
 
-    def _read(self, reader: Reader, stream: _Stream) -> tuple[_Stream, Floats]:
-        """Components (all of the stream's groups', rows), in steps."""
+    def _read(self, reader: Reader, stream: _Stream) -> Floats:
+        """Kept components (all of the stream's groups', rows), in steps."""
         slots = rans.decode(reader, stream.runs, self.level.tables)
         values = np.empty(len(slots), np.float32)
-        escapes = []
+        escaped = np.empty(len(slots), bool)
         at = 0
-        for run in stream.runs:
-            table = self.level.tables[run.table]
-            part = slots[at : at + run.lanes]
-            np.take(table.slot_values, part, out=values[at : at + run.lanes])
+        for index, count in stream.tables:
+            table, part = self.level.tables[index], slots[at : at + count]
+            np.take(table.slot_values, part, out=values[at : at + count], mode="clip")
             # The escape is a table's last symbol.
-            escapes.append(part >= table.starts[-1])
-            at += run.lanes
-        escaped = np.flatnonzero(np.concatenate(escapes)) if escapes else np.zeros(0, np.int64)
-        if reader.number("escapes", len(values)) != len(escaped):
+            np.greater_equal(part, table.starts[-1], out=escaped[at : at + count])
+            at += count
+        beyond = np.flatnonzero(escaped)
+        if reader.number("escapes", len(values)) != len(beyond):
             raise reader.refuse("escapes", "their number is not that of the escape symbols")
-        values[escaped] = reader.array("escapes", "<i4", (len(escaped),))
-        total = sum(len(self.basis.groups[at].axes) for at in stream.groups)
-        found = np.zeros((total, stream.rows), np.float32)
-        found[stream.order] = values.reshape(len(stream.order), stream.rows)
-        return stream, found
+        values[beyond] = reader.array("escapes", "<i4", (len(beyond),))
+        found = np.empty((len(stream.order), stream.rows), np.float32)
+        found[stream.order] = values.reshape(found.shape)
+        return found
 
     # --- numbers --------------------------------------------------------------------------------------------------
 
@@ -137,49 +143,49 @@ class Transform(Codec):
         return [self._stream(rows, groups) for rows, groups in by_rows.items() if rows > 0]
 
     def _stream(self, rows: int, groups: Sequence[int]) -> _Stream:
-        classes = np.concatenate([self.level.classes[at] for at in groups])
-        order = np.argsort(classes, kind="stable")[int((classes == 0).sum()) :]
-        tables = classes[order].astype(np.int64) - 1
+        classes = np.concatenate([self.level.classes[at][self._kept[at]] for at in groups])
+        order = np.argsort(classes, kind="stable")
+        indices = classes[order].astype(np.int64) - 1
         at_once = max(1, _LANES // rows)
-        runs = []
-        for table, count in zip(*np.unique(tables, return_counts=True), strict=True):
-            for start in range(0, int(count), at_once):
-                runs.append(rans.Run(int(table), min(at_once, int(count) - start) * rows))
-        return _Stream(rows, tuple(groups), order, tables, tuple(runs))
+        runs, tables = [], []
+        for table, count in zip(*(each.tolist() for each in np.unique(indices, return_counts=True)), strict=True):
+            tables.append((table, count * rows))
+            runs += [rans.Run(table, min(at_once, count - start) * rows) for start in range(0, count, at_once)]
+        return _Stream(rows, tuple(groups), order, indices, tuple(tables), tuple(runs))
 
     def _round(self, at: int, planes: Sequence[Plane], layout: BlockLayout, first: int, last: int) -> Array:
-        """Components of one group, (components, rows), int32."""
+        """Kept components of one group, (components, rows), int32."""
         forward = self._forward[at]
         group = self.basis.groups[at]
         if forward is None:
             # The axes are rounded to 8 bits, so not quite at right angles: (A Aᵀ)⁻¹ ≈ 2 − A Aᵀ for a matrix near 1.
-            gram = group.axes @ group.axes.T
-            forward = (group.axes.T @ (2 * np.eye(len(gram), dtype=np.float32) - gram)) * group.weights[:, None]
+            axes = group.axes[self._kept[at]]
+            gram = axes @ axes.T
+            forward = (axes.T @ (2 * np.eye(len(gram), dtype=np.float32) - gram)) * group.weights[:, None]
+            forward /= np.float32(self.level.row.step)
             self._forward[at] = forward
         numbers = gather(group, planes, layout, self.basis.angles, first, last)
-        components = ((numbers - group.mean) @ forward).astype(np.float32, copy=False)
-        components /= self.level.row.step
-        return quantise(components.T)
+        numbers -= group.mean
+        return quantise((numbers @ forward).T)
 
     def _restore(
         self, at: int, values: Floats, planes: Sequence[Plane], layout: BlockLayout, first: int, last: int
     ) -> None:
         group = self.basis.groups[at]
-        kept = np.flatnonzero(self.level.classes[at])
-        numbers = values[kept].T @ self._back[at][kept]
+        layer = layout.layers[group.layers[0]]
+        rows = held_rows(layer, layout.tokens, first, last)
+        numbers = values.T @ self._back[at]
         numbers += group.mean
-        column = 0
-        for index in group.layers:
-            layer = layout.layers[index]
-            rows = held_rows(layer, layout.tokens, first, last)
-            width = layer.kv_heads * layer.head_dim
-            own = numbers[:, column : column + width].reshape(-1, layer.kv_heads, layer.head_dim)
-            column += width
-            plane = planes[index]
-            if group.side == KEYS:
-                own = turn(own, _positions(layout, layer.tokens, rows), self.basis.angles[index])
-            target = plane.keys if group.side == KEYS else plane.values
-            from_floats(np.ascontiguousarray(own.transpose(1, 0, 2)), layout.dtype, target[:, rows])
+        # All layers of a group are alike, and their keys turn alike.
+        heads = numbers.reshape(len(numbers), -1, layer.head_dim)
+        if group.side == KEYS:
+            heads = rotate(heads, *_waves_of(layout, layer, rows, self.basis.angles[group.layers[0]]))
+        floats = np.ascontiguousarray(heads.transpose(1, 0, 2))
+        stored = np.empty(floats.shape, STORAGE_DTYPES[layout.dtype])
+        from_floats(floats, layout.dtype, stored)
+        for place, index in enumerate(group.layers):
+            target = planes[index].keys if group.side == KEYS else planes[index].values
+            target[:, rows] = stored[place * layer.kv_heads : (place + 1) * layer.kv_heads]
 
 
 def gather(
@@ -191,16 +197,14 @@ def gather(
     last: int = 0,
 ) -> Floats:
     """A group's numbers of a block, (rows, width), keys turned back; without its ``first`` and ``last`` tokens."""
-    found = []
-    for index in group.layers:
-        layer = layout.layers[index]
-        rows = held_rows(layer, layout.tokens, first, last)
-        array = (planes[index].keys if group.side == KEYS else planes[index].values)[:, rows]
-        own = to_floats(array, layout.dtype).transpose(1, 0, 2)
-        if group.side == KEYS:
-            own = turn(own, -_positions(layout, layer.tokens, rows), angles[index])
-        found.append(own.reshape(len(own), -1))
-    return np.concatenate(found, axis=1)
+    layer = layout.layers[group.layers[0]]
+    rows = held_rows(layer, layout.tokens, first, last)
+    arrays = [(planes[index].keys if group.side == KEYS else planes[index].values)[:, rows] for index in group.layers]
+    heads = to_floats(np.concatenate(arrays), layout.dtype).transpose(1, 0, 2)
+    if group.side == KEYS:
+        cos, sin = _waves_of(layout, layer, rows, angles[group.layers[0]])
+        heads = rotate(heads, cos, -sin)
+    return np.ascontiguousarray(heads).reshape(len(heads), group.width)
 
 
 def quantise(components: Floats) -> Array:
@@ -212,11 +216,14 @@ def quantise(components: Floats) -> Array:
 def turn(vectors: Floats, positions: Array, angles: Array) -> Floats:
     """Rotary embedding (RoFormer, arXiv 2104.09864) of ``vectors`` (rows, heads, head_dim); dimension i is turned with
     i + n, where n is the number of ``angles``. The opposite positions turn back."""
-    half = len(angles)
+    return rotate(vectors, *waves(positions, angles))
+
+
+def rotate(vectors: Floats, cos: Floats, sin: Floats) -> Floats:
+    """``vectors`` (rows, heads, head_dim) turned by ``waves``; the sine's opposite turns back."""
+    half = cos.shape[-1]
     if not half:
         return vectors
-    by = positions[:, None] * angles
-    cos, sin = np.cos(by).astype(np.float32)[:, None], np.sin(by).astype(np.float32)[:, None]
     one, other = vectors[..., :half], vectors[..., half : 2 * half]
     found = np.empty(vectors.shape, np.float32)
     np.multiply(one, cos, out=found[..., :half])
@@ -227,7 +234,19 @@ def turn(vectors: Floats, positions: Array, angles: Array) -> Floats:
     return found
 
 
-def _positions(layout: BlockLayout, held: int, rows: slice) -> Array:
-    """Of a layer's ``rows``, when it holds the last ``held`` of the block."""
-    begin = layout.position + layout.tokens - held
-    return np.arange(begin + rows.start, begin + rows.stop, dtype=np.float64)
+def waves(positions: Array, angles: Array) -> tuple[Floats, Floats]:
+    """Cosines and sines of the turn at each position, (rows, 1, angles)."""
+    by = positions[:, None] * angles
+    return np.cos(by).astype(np.float32)[:, None], np.sin(by).astype(np.float32)[:, None]
+
+
+def _waves_of(layout: BlockLayout, layer: BlockLayer, rows: slice, angles: Array) -> tuple[Floats, Floats]:
+    """Of a layer's ``rows``, which are among the block's last ones."""
+    begin = layout.position + layout.tokens - layer.tokens
+    return _waves_from(begin + rows.start, begin + rows.stop, angles.tobytes())
+
+
+@functools.lru_cache(maxsize=8)
+def _waves_from(start: int, stop: int, angles: bytes) -> tuple[Floats, Floats]:
+    """All groups of a block ask for the same ones."""
+    return waves(np.arange(start, stop, dtype=np.float64), np.frombuffer(angles, np.float64))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import SnapshotRefused
-from protocol.manifest import ModelDigests
+from protocol.manifest import RAW, CodecRef, ModelDigests
 from services.model_runner.codecs import RUNGS, codec
 from services.model_runner.codecs.base import (
     BLOCK_TOKENS,
@@ -193,7 +193,7 @@ def test_a_frame_that_claims_more_than_the_layout_is_refused_before_it_is_unpack
     bomb = zstandard.compress(bytes(50_000_000))
     plane = bytes([1]) + len(bomb).to_bytes(4, "little") + bomb
     with pytest.raises(SnapshotRefused) as refusal:
-        RUNGS["lossless"]().decode(bytes(8) + plane, layout)
+        RUNGS["lossless"]().decode(bytes(9) + plane, layout)
     assert refusal.value.field == "plane"
 
 
@@ -242,23 +242,39 @@ def test_a_sliding_layer_is_in_the_blocks_that_its_window_reaches() -> None:
     ]
     rung = RUNGS["lossless"]()
     for layout in layouts:
-        rung.decode(rung.encode(block_planes(states, layout), layout), layout, block_planes(again, layout))
+        # As a manifest has them: a part for each kind of layer.
+        for kind in ("full", "sliding"):
+            part = layout.of_kind(spec, kind)
+            rung.decode(rung.encode(block_planes(states, part), part), part, block_planes(again, part))
     for state, other in zip(states, again, strict=True):
         assert state.keys.tobytes() == other.keys.tobytes()
         assert state.values.tobytes() == other.values.tobytes()
 
 
+@pytest.mark.parametrize("name", sorted(RUNGS))
+def test_a_block_that_no_layer_holds_any_more_is_empty(name: str) -> None:
+    layout = BlockLayout("bfloat16", 0, 256, (BlockLayer(2, 16, 0), BlockLayer(0, 0, 0)))
+    rung = RUNGS[name]()
+    data = rung.encode(layout.empty(), layout)
+    assert len(data) < 10
+    assert [plane.keys.shape for plane in rung.decode(data, layout)] == [(2, 0, 16), (0, 0, 0)]
+
+
 def test_a_manifest_names_a_rung_of_this_version_or_is_refused() -> None:
+    assert RUNGS["raw"]().ref == RAW
     for name, rung in RUNGS.items():
-        found = codec(name, rung().params())
+        found = codec(rung().ref)
         assert isinstance(found, Codec)
         assert found.name == name
     with pytest.raises(SnapshotRefused, match="unknown") as refusal:
-        codec("gzip", {})
-    assert refusal.value.field == "codec"
+        codec(CodecRef("gzip", 1, {}))
+    assert refusal.value.field == "codec.name"
     with pytest.raises(SnapshotRefused) as refusal:
-        codec("int8", {"version": 2})
-    assert refusal.value.field == "codec_params"
+        codec(CodecRef("int8", 2, {}))
+    assert refusal.value.field == "codec.version"
+    with pytest.raises(SnapshotRefused) as refusal:
+        codec(CodecRef("int8", 1, {"groups": 32}))
+    assert refusal.value.field == "codec.params"
 
 
 @given(value=st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**127), max_value=2.0**127))

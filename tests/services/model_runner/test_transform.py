@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ModelUnavailable, SnapshotRefused
-from services.model_runner.codecs import RUNGS, codec
+from protocol.manifest import CodecRef
+from services.model_runner.codecs import RUNGS, basis_digest, codec
 from services.model_runner.codecs.base import Plane, Reader, block_layouts, block_planes, number, to_floats
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis, BasisFile, read_basis, write_basis
-from services.model_runner.codecs.ladder import Asked, Usual, choose, decode_blocks, encode_blocks, fidelity
+from services.model_runner.codecs.ladder import Asked, Usual, choose, decode_blocks, encode_blocks, fidelity, rungs
 from services.model_runner.codecs.rans import TOTAL, Run, Table, decode, encode, scaled_frequencies
 from services.model_runner.codecs.transform import Transform, turn
 from services.model_runner.engine import Engine, LayerState
@@ -246,13 +248,17 @@ def _level(file: BasisFile, **fields: Any) -> BasisFile:
 
 
 def test_a_manifest_names_the_basis(basis: Basis) -> None:
-    params = Transform(basis, SMALL).params()
-    assert isinstance(codec("transform", params, basis), Transform)
-    for wrong in ({**params, "basis": b"other"}, {**params, "level": "best"}, {**params, "version": 9}, {}):
+    ref = Transform(basis, SMALL).ref
+    assert isinstance(codec(ref, basis), Transform)
+    assert basis_digest(ref) == basis.digest
+    for wrong in ({**ref.params, "basis": b"other"}, {**ref.params, "level": "best"}, {**ref.params, "more": 1}, {}):
         with pytest.raises(SnapshotRefused):
-            codec("transform", wrong, basis)
+            codec(CodecRef("transform", 1, wrong), basis)
+    with pytest.raises(SnapshotRefused) as refusal:
+        codec(CodecRef("transform", 9, ref.params), basis)
+    assert refusal.value.field == "codec.version"
     with pytest.raises(SnapshotRefused, match="not that basis"):
-        codec("transform", params, None)
+        codec(ref, None)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
@@ -295,28 +301,58 @@ def test_reading_gives_the_logits_of_every_position(engine: TransformersEngine) 
 def test_the_strongest_rung_that_is_faithful_enough_is_taken(engine: TransformersEngine, basis: Basis) -> None:
     tokens = words(engine, LENGTH, 9)
     exact = state(engine, tokens)
-    rungs = [(Transform(basis, SMALL), None), *((RUNGS[name](), None) for name in ("int8", "lossless"))]
-    anything = choose(engine, tokens, exact, rungs, Asked(most_kl=100, least_top1=0))
+    offered = [(Transform(basis, SMALL), None), *((RUNGS[name](), None) for name in ("int8", "lossless"))]
+    anything = choose(engine, tokens, exact, offered, Asked(most_kl=100, least_top1=0))
     assert anything.codec.name == "transform"
     assert anything.certificate.measured is not None
+    for_manifest = anything.certificate.for_manifest()
+    assert for_manifest is not None
+    assert for_manifest.tested_tokens == 128
+    assert for_manifest.measured == ["mean_kl", "top1"]
     assert not anything.tried
-    strict = choose(engine, tokens, exact, rungs, Asked(most_kl=0, least_top1=1.01))
+    strict = choose(engine, tokens, exact, offered, Asked(most_kl=0, least_top1=1.01))
     assert strict.codec.name == "lossless"
     assert strict.certificate.exact
     assert strict.certificate.measured is None
+    assert strict.certificate.for_manifest() is None
     assert [each.rung for each in strict.tried] == ["transform", "int8"]
     found = decode_blocks(strict.codec, engine.spec, strict.blocks, LENGTH)
     assert found[0].keys.tobytes() == exact[0].keys.tobytes()
     with pytest.raises(ValueError, match="none is exact"):
-        choose(engine, tokens, exact, rungs[:1], Asked(most_kl=0, least_top1=1.01))
+        choose(engine, tokens, exact, offered[:1], Asked(most_kl=0, least_top1=1.01))
 
 
 def test_without_a_test_the_rungs_usual_figures_decide(engine: TransformersEngine) -> None:
     tokens = words(engine, 1, 9)
     exact = state(engine, tokens)
     good, bad = Usual(0.0001, 0.999, 2.0, "elsewhere"), Usual(0.5, 0.5, 9.0, "elsewhere")
-    rungs = [(RUNGS["rotated4"](), bad), (RUNGS["int8"](), good), (RUNGS["raw"](), None)]
-    found = choose(engine, tokens, exact, rungs)
+    offered = [(RUNGS["rotated4"](), bad), (RUNGS["int8"](), good), (RUNGS["raw"](), None)]
+    found = choose(engine, tokens, exact, offered)
     assert found.codec.name == "int8"
     assert found.certificate.measured is None
     assert found.certificate.usual == good
+
+
+def test_all_rungs_are_offered_the_smallest_first(basis: Basis) -> None:
+    offered = rungs(basis)
+    assert [codec.name for codec, _ in offered] == ["transform", "transform", "rotated4", "int8", "lossless", "raw"]
+    assert [codec.name for codec, _ in rungs()] == ["rotated4", "int8", "lossless", "raw"]
+    small, near = (usual for _, usual in offered[:2])
+    assert small is not None
+    assert near is not None
+    assert small.ratio >= near.ratio
+
+
+@pytest.mark.parametrize("rung", ["transform", "rotated4", "lossless"])
+def test_threads_that_share_a_codec_decode_alike(engine: TransformersEngine, basis: Basis, rung: str) -> None:
+    exact = state(engine, words(engine, 2 * LENGTH, 6))
+    shared = Transform(basis) if rung == "transform" else RUNGS[rung]()
+    with ThreadPoolExecutor(3) as workers:
+        blocks = encode_blocks(shared, engine.spec, exact, workers)
+        together = decode_blocks(shared, engine.spec, blocks, 2 * LENGTH, workers=workers)
+    alone = decode_blocks(shared, engine.spec, blocks, 2 * LENGTH)
+    # Products that several threads ask for at once may round otherwise.
+    for own, other in zip(together, alone, strict=True):
+        for one, two in ((own.keys, other.keys), (own.values, other.values)):
+            found, wanted = (to_floats(each, own.dtype) for each in (one, two))
+            assert np.abs(found - wanted).max() <= 0.01 * np.abs(wanted).max()
