@@ -95,7 +95,11 @@ class Chosen:
     """Of the stronger rungs that did not meet what was asked."""
 
 
-USUAL: dict[str, Usual] = {}
+_ON = "SmolLM2-135M, bfloat16, two texts of 2,048 tokens"
+USUAL = {
+    "int8": Usual(mean_kl=0.00005, top1=0.995, ratio=1.94, measured_on=_ON),
+    "rotated4": Usual(mean_kl=0.0035, top1=0.971, ratio=3.84, measured_on=_ON),
+}
 """Of the rungs that need no basis; those of ``transform`` stand in the basis."""
 
 
