@@ -52,8 +52,8 @@ HELD_BACK = 3
 GROUP_LAYERS = 5
 """Layers whose axes are found together: more compress better, and cost more to decode, and a larger file."""
 LEVELS = {NEAR: 0.006, SMALL: 0.017}
-"""Mean divergence, in nats a token, that a level may cause on the held-back windows. On two texts of SmolLM2-135M, read to
-2,048 tokens, 0.006 was 0.007 and 0.6 % of perplexity, 0.016 was 0.021 and 3.3 %."""
+"""Mean divergence, in nats a token, that a level may cause on the held-back windows. On two texts of SmolLM2-135M, read
+to 2,048 tokens, 0.006 was 0.007 and 0.6 % of perplexity, 0.016 was 0.021 and 3.3 %."""
 _SHRINK = 0.05
 """Share of the mean in each number's Fisher information: a few thousand tokens do not tell a small one."""
 _DEAD = 0.3
