@@ -29,7 +29,8 @@ from edge.files import storage_errors, write_atomically
 from protocol.codec import Received
 from protocol.errors import UNREADABLE, AskExpired, BadSignature, BlobError, MindstreamError, NotFound, Overloaded
 from protocol.ids import uuid7
-from protocol.manifest import ChunkRef, SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
+from protocol.layout import ChunkRef
+from protocol.manifest import SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
 from protocol.messages import BlobChunk, BlobPull, BlobPulling
 
 log = logging.getLogger(__name__)

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 
 from edge.docs_text import plain, table
-from protocol import built_manifest, codec, entries, errors, manifest, messages, provenance, sealing
+from protocol import built_manifest, codec, entries, errors, layout, manifest, messages, provenance, sealing
 from protocol.topics import KIB
 
 SOURCES: tuple[ModuleType, ...] = (
     messages,
     entries,
     manifest,
+    layout,
     sealing,
     provenance,
     built_manifest,

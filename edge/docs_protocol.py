@@ -24,7 +24,8 @@ from protocol.entries import (
 )
 from protocol.errors import MindstreamError
 from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, DOMAIN_ENTRY, DOMAIN_MANIFEST, SIGNATURE_BYTES
-from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_SNAPSHOT_BYTES, PrivatePart, SnapshotManifest
+from protocol.layout import MAX_SNAPSHOT_BYTES
+from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, PrivatePart, SnapshotManifest
 from protocol.messages import MESSAGES
 from protocol.provenance import Statement
 from protocol.sealing import KeyWrap

@@ -46,7 +46,8 @@ from protocol.errors import (
     StorageError,
 )
 from protocol.identity import Keyring
-from protocol.manifest import ChunkRef, verify_chunk
+from protocol.layout import ChunkRef
+from protocol.manifest import verify_chunk
 from protocol.messages import ModelBuiltAsk
 
 GRAPH_MODULE = "services.model_runner.onnx_graph"

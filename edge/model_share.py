@@ -21,7 +21,8 @@ from protocol.built_manifest import (
 )
 from protocol.errors import BadSignature, NotFound
 from protocol.identity import Identity, digest
-from protocol.manifest import MAX_CHUNK_BYTES, ChunkRef, verify_chunk
+from protocol.layout import ChunkRef
+from protocol.manifest import MAX_CHUNK_BYTES, verify_chunk
 
 log = logging.getLogger(__name__)
 

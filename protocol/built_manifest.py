@@ -11,7 +11,8 @@ import msgspec
 
 from protocol.errors import MalformedMessage
 from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, Identity, Keyring, digest
-from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, ChunkRef, read_signed
+from protocol.layout import ChunkRef
+from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, read_signed
 
 BUILT_MANIFEST_VERSION = 1
 MAX_FILES = 64

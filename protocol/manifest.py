@@ -11,24 +11,34 @@ floats of 64 bits, no extension types. What is not is refused, so no two readers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from protocol.errors import UNREADABLE, BadSignature, MalformedMessage, SnapshotRefused
 from protocol.identity import DIGEST_BYTES, DOMAIN_MANIFEST, Identity, Keyring, digest
+from protocol.layout import (
+    BLOCK_TOKENS,
+    Block,
+    ChunkRef,
+    CodecRef,
+    LayerLayout,
+    Part,
+    PartPlace,
+    StateLayout,
+    check_layout,
+    check_parts,
+    malformed,
+)
 from protocol.provenance import SignedStatement
 from protocol.sealing import MAX_CHUNK_BYTES as MAX_CHUNK_BYTES
 from protocol.sealing import (
-    MAX_PLAIN_BYTES,
     ROLE_PRIVATE,
-    SEAL_BYTES,
     DataKey,
     SignedWrap,
-    chunk_role,
 )
 
 MANIFEST_VERSION = 2
@@ -36,12 +46,6 @@ MAX_MANIFEST_BYTES = 960 * 1024
 """A manifest crosses the bus in one message, below the 1 MiB limit of every broker that Mindstream configures."""
 MAX_BESIDE_BYTES = 56 * 1024
 """So many bytes of wraps and provenance cross the bus beside it."""
-MAX_SNAPSHOT_BYTES = 64 * 1024**3
-"""A manifest that claims more is refused before anything is allocated."""
-BLOCK_TOKENS = 256
-PART_SLACK_BYTES = 64 * 1024
-"""A codec's output may be so much longer than its input, and no more."""
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 DOMAIN_PREFIX = b"mindstream/v1/prefix\0"
 
 
@@ -66,37 +70,6 @@ class NumericsFingerprint(msgspec.Struct, frozen=True):
     """``deterministic`` (batch-1 steps) or ``batched``."""
 
 
-class StateLayout(msgspec.Struct, frozen=True):
-    """One array of a layer's recurrent part, C order."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """``bfloat16``, ``float16`` or ``float32``."""
-
-
-class LayerLayout(msgspec.Struct, frozen=True):
-    """One layer's state in the snapshot; arrays are (kv_heads, tokens, head_dim), C order; then come its states."""
-
-    kind: str
-    """``full``, ``sliding`` or ``recurrent``."""
-    kv_heads: int
-    head_dim: int
-    tokens: int
-    """Positions held: for a sliding layer at most its window."""
-    seen_tokens: int
-    """Positions ever written to this layer (a sliding layer's cumulative length)."""
-    window_tokens: int = 0
-    """Window of a sliding layer; 0 for any other."""
-
-
-class ChunkRef(msgspec.Struct, frozen=True):
-    """One content-addressed chunk of at most 512 KiB."""
-
-    digest: bytes
-    """BLAKE3, 32 bytes, of the chunk's bytes, which are sealed."""
-    size_bytes: int
-
-
 class ModelDigests(msgspec.Struct, frozen=True):
     """BLAKE3 of what the numbers depend on, 32 bytes each."""
 
@@ -105,19 +78,6 @@ class ModelDigests(msgspec.Struct, frozen=True):
     config: bytes
     adapters: tuple[bytes, ...] = ()
     """Of the adapters that are on the weights, in the order in which they were put there."""
-
-
-class CodecRef(msgspec.Struct, frozen=True):
-    """How blocks are encoded."""
-
-    name: str
-    """``raw``: each layer's keys, then its values, as they lie in memory, little-endian."""
-    version: int
-    params: dict[str, Any]
-    """Of the codec, plain msgpack types."""
-
-
-RAW = CodecRef("raw", 1, {})
 
 
 class Certificate(msgspec.Struct, frozen=True):
@@ -131,32 +91,6 @@ class Certificate(msgspec.Struct, frozen=True):
     """Share of these positions whose likeliest token is the same."""
     measured: list[str]
     """Which of these figures were measured on this snapshot; any other is the codec's usual one."""
-
-
-class Part(msgspec.Struct):
-    """Encoded content of one kind, in sealed chunks."""
-
-    encoded_bytes: int
-    """Before sealing. Cut every 524,260 bytes, so the chunks' sizes follow: each is 28 bytes longer than its cut."""
-    digests: bytes
-    """BLAKE3 of every chunk's sealed bytes, 32 bytes each, one after another."""
-
-    def chunks(self) -> Iterator[ChunkRef]:
-        """Every chunk, in order."""
-        for index, offset in enumerate(range(0, self.encoded_bytes, MAX_PLAIN_BYTES)):
-            size = min(MAX_PLAIN_BYTES, self.encoded_bytes - offset)
-            yield ChunkRef(self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES], size + SEAL_BYTES)
-
-
-class Block(msgspec.Struct, omit_defaults=True):
-    """Up to 256 positions: of every layer that holds them its keys, then its values, (kv_heads, tokens, head_dim)."""
-
-    tokens: int
-    """256, but in the last one."""
-    full: Part | None = None
-    """The layers of full attention."""
-    sliding: Part | None = None
-    """The sliding layers, as far as they still hold positions of this block."""
 
 
 class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
@@ -219,24 +153,6 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
             yield PartPlace("recurrent", last), self.recurrent
         if self.logits is not None:
             yield PartPlace("logits", last), self.logits
-
-
-class PartPlace(NamedTuple):
-    """Where a part belongs."""
-
-    kind: str
-    """``full``, ``sliding``, ``recurrent`` or ``logits``."""
-    block: int
-    """Index of the block; of the last one for what belongs to the whole prefix; -1 when there is none."""
-
-    def address(self, addresses: Sequence[bytes]) -> bytes:
-        """Of its block, or the chain's root when there is no block: the last of ``addresses``."""
-        return addresses[self.block]
-
-    def role(self, addresses: Sequence[bytes], codec: CodecRef, index: int) -> bytes:
-        """Of its chunk ``index``. What is no KV has the raw codec always."""
-        used = codec if self.kind in ("full", "sliding") else RAW
-        return chunk_role(self.kind, self.address(addresses), used, index)
 
 
 class PrivatePart(msgspec.Struct):
@@ -305,10 +221,6 @@ def seal_manifest(identity: Identity, manifest: SnapshotManifest) -> SignedManif
     return SignedManifest(manifest=body, signature=identity.sign(DOMAIN_MANIFEST, body))
 
 
-def _malformed(what: str, field: str, reason: str) -> MalformedMessage:
-    return MalformedMessage(f"reading {what}: {field}: {reason}", field=field, reason=reason)
-
-
 def read_signed(
     what: str, domain: bytes, body: bytes, signature: bytes, decoder: msgspec.msgpack.Decoder[T], keyring: Keyring
 ) -> T:
@@ -317,13 +229,13 @@ def read_signed(
     ``what`` it is stands in errors. Raises MalformedMessage, UnknownPeer or BadSignature.
     """
     if len(body) > MAX_MANIFEST_BYTES:
-        raise _malformed(what, "manifest", f"{len(body):,} bytes, limit {MAX_MANIFEST_BYTES:,}")
+        raise malformed("manifest", f"{len(body):,} bytes, limit {MAX_MANIFEST_BYTES:,}", what)
     # Free-form maps may take 60 times their size once decoded: that is done for trusted peers only.
     try:
         keyring.verify(_creator_decoder.decode(body).creator, domain, body, signature)
         return decoder.decode(body)
     except UNREADABLE as error:
-        raise _malformed(what, "manifest", str(error)) from None
+        raise malformed("manifest", str(error), what) from None
 
 
 def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
@@ -333,9 +245,9 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
     """
     manifest = read_signed("a snapshot manifest", DOMAIN_MANIFEST, signed.manifest, signed.signature, _decoder, keyring)
     if manifest.version != MANIFEST_VERSION:
-        raise _refuse("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
+        raise malformed("version", f"{manifest.version}, this node reads {MANIFEST_VERSION}")
     if not is_canonical(signed.manifest):
-        raise _refuse("manifest", "it is not canonical msgpack")
+        raise malformed("manifest", "it is not canonical msgpack")
     digests = manifest.digests
     for field, value in (
         ("key_id", manifest.key_id),
@@ -343,9 +255,9 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
         *((("parent", manifest.parent),) if manifest.parent else ()),
     ):
         if len(value) != DIGEST_BYTES:
-            raise _refuse(field, f"{len(value)} bytes, a digest has {DIGEST_BYTES}")
-    _check_layout(manifest)
-    _check_parts(manifest)
+            raise malformed(field, f"{len(value)} bytes, a digest has {DIGEST_BYTES}")
+    check_layout(manifest)
+    check_parts(manifest)
     return manifest
 
 
@@ -355,103 +267,6 @@ def is_canonical(body: bytes) -> bool:
         return _canonical.encode(msgspec.msgpack.decode(body)) == body
     except _UNREADABLE:
         return False
-
-
-def _refuse(field: str, reason: str) -> MalformedMessage:
-    return _malformed("a snapshot manifest", field, reason)
-
-
-def _check_layout(manifest: SnapshotManifest) -> None:
-    """Raises MalformedMessage unless layers, states and blocks are of one state of ``cached_tokens`` positions."""
-    cached = manifest.cached_tokens
-    if not 0 <= cached < 2**31:
-        raise _refuse("cached_tokens", f"{cached:,}")
-    if manifest.kv_dtype not in DTYPE_BYTES:
-        raise _refuse("kv_dtype", f"{manifest.kv_dtype[:80]!r} is none of {', '.join(DTYPE_BYTES)}")
-    for index, layer in enumerate(manifest.layers):
-        field = f"layers[{index}]"
-        if layer.kind not in ("full", "sliding", "recurrent"):
-            raise _refuse(f"{field}.kind", f"{layer.kind[:80]!r} is unknown")
-        if not (0 <= layer.kv_heads <= 2**16 and 0 <= layer.head_dim <= 2**16 and 0 <= layer.window_tokens < 2**31):
-            raise _refuse(field, "a size is out of range")
-        most = {"full": cached, "sliding": min(cached, max(0, layer.window_tokens - 1)), "recurrent": 0}[layer.kind]
-        if (layer.seen_tokens, layer.tokens) != (cached, most):
-            raise _refuse(
-                field, f"holds {layer.tokens:,} of {layer.seen_tokens:,} tokens, expected {most:,} of {cached:,}"
-            )
-    if manifest.states and len(manifest.states) != len(manifest.layers):
-        raise _refuse("states", f"of {len(manifest.states)} layers, there are {len(manifest.layers)}")
-    for arrays in manifest.states:
-        if any(
-            len(array.shape) > 8 or not all(0 < size <= 2**24 for size in array.shape) or array.dtype not in DTYPE_BYTES
-            for array in arrays
-        ):
-            raise _refuse("states", "a shape or a dtype is out of range")
-    count = -(-cached // BLOCK_TOKENS)
-    if len(manifest.blocks) != count or any(
-        block.tokens != min(BLOCK_TOKENS, cached - index * BLOCK_TOKENS) for index, block in enumerate(manifest.blocks)
-    ):
-        raise _refuse("blocks", f"they do not cut {cached:,} positions at multiples of {BLOCK_TOKENS}")
-
-
-def _check_parts(manifest: SnapshotManifest) -> None:
-    """Raises MalformedMessage unless every part is there whose layers hold something, and no larger than they are."""
-    for index, block in enumerate(manifest.blocks):
-        for kind, part in (("full", block.full), ("sliding", block.sliding)):
-            field = f"blocks[{index}].{kind}"
-            plain = plain_bytes(manifest, PartPlace(kind, index))
-            if (part is not None) != (plain > 0):
-                raise _refuse(field, f"its layers hold {plain:,} bytes there")
-            if part is not None:
-                _check_part(field, part, plain + PART_SLACK_BYTES)
-    plain = plain_bytes(manifest, PartPlace("recurrent", -1))
-    if (manifest.recurrent is not None) != (plain > 0):
-        raise _refuse("recurrent", f"the layers hold {plain:,} bytes")
-    if manifest.recurrent is not None:
-        _check_part("recurrent", manifest.recurrent, plain)
-    if manifest.logits is not None:
-        _check_part("logits", manifest.logits, 2**26)
-    if manifest.total_bytes != sum(chunk.size_bytes for chunk in manifest.chunks):
-        raise _refuse("total_bytes", f"{manifest.total_bytes:,} is not the sum of the chunks")
-    if manifest.total_bytes > MAX_SNAPSHOT_BYTES:
-        raise _refuse("total_bytes", f"{manifest.total_bytes:,}, limit {MAX_SNAPSHOT_BYTES:,}")
-
-
-def _check_part(field: str, part: Part, most: int) -> None:
-    if not 0 < part.encoded_bytes <= most:
-        raise _refuse(f"{field}.encoded_bytes", f"{part.encoded_bytes:,}, its layers allow 1 to {most:,}")
-    count = -(-part.encoded_bytes // MAX_PLAIN_BYTES)
-    if len(part.digests) != count * DIGEST_BYTES:
-        raise _refuse(
-            f"{field}.digests", f"{len(part.digests):,} bytes, not {DIGEST_BYTES} for each of {count:,} chunks"
-        )
-
-
-def held_in_block(layer: LayerLayout, block: int) -> tuple[int, int]:
-    """First position and end of what a layer holds of a block; equal when it holds nothing."""
-    start = block * BLOCK_TOKENS
-    stop = min(start + BLOCK_TOKENS, layer.seen_tokens)
-    start = max(start, layer.seen_tokens - layer.tokens)
-    return (start, stop) if start < stop else (stop, stop)
-
-
-def plain_bytes(manifest: SnapshotManifest, place: PartPlace) -> int:
-    """What a part takes before it is encoded, by the manifest's layouts."""
-    if place.kind == "recurrent":
-        return sum(_product(array.shape) * DTYPE_BYTES[array.dtype] for arrays in manifest.states for array in arrays)
-    size = 0
-    for layer in manifest.layers:
-        if layer.kind == place.kind:
-            start, stop = held_in_block(layer, place.block)
-            size += 2 * layer.kv_heads * layer.head_dim * (stop - start)
-    return size * DTYPE_BYTES[manifest.kv_dtype]
-
-
-def _product(numbers: Sequence[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 def prefix_addresses(digests: ModelDigests, tokens: bytes, cached_tokens: int) -> list[bytes]:

@@ -1,32 +1,27 @@
-"""Layers cut into blocks of 256 positions and put together again: the raw codec.
+"""Layers cut into blocks of 256 positions, encoded, sealed, and put together again.
 
-A part's plaintext is, for each layer of its kind in the model's order, the keys and then the values of the block's
-positions that the layer still holds, (kv_heads, tokens, head_dim) in C order, little-endian. So the blocks of a prefix
-are the same bytes however the conversation goes on; only a sliding layer's first block shrinks as its window moves.
+A part before it is encoded is, for each layer of its kind in the model's order, the keys and then the values of the
+block's positions that the layer still holds, (kv_heads, tokens, head_dim) in C order, little-endian. So the blocks of a
+prefix are the same bytes however the conversation goes on; only a sliding layer's first block shrinks as its window
+moves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.identity import digest
-from protocol.manifest import (
-    BLOCK_TOKENS,
-    Block,
-    ChunkRef,
-    CodecRef,
-    LayerLayout,
-    Part,
-    PartPlace,
-    SnapshotManifest,
-    held_in_block,
-)
+from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, LayerLayout, Part, PartPlace, held_in_block
+from protocol.manifest import SnapshotManifest
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
+from services.model_runner.codecs import codec as find_codec
+from services.model_runner.codecs.base import BlockLayout, Codec, Plane
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
 
 Array = npt.NDArray[Any]
@@ -40,7 +35,42 @@ class RawPart(NamedTuple):
 
     place: PartPlace
     raw: npt.NDArray[np.uint8]
-    """Its plaintext, whole."""
+    """All of it, as the raw codec has it."""
+
+
+def codec_ref(codec: Codec) -> CodecRef:
+    """How a manifest names a codec."""
+    params = dict(codec.params())
+    return CodecRef(codec.name, params.pop("version"), params)
+
+
+def codec_of(ref: CodecRef) -> Codec:
+    """The codec that a manifest names. Raises SnapshotRefused for one that this version has not."""
+    return find_codec(ref.name, {"version": ref.version, **ref.params})
+
+
+def part_layout(spec: ModelSpec, layout: BlockLayout, kind: str) -> BlockLayout:
+    """What a part of ``kind`` holds of a block: the layers of other kinds have nothing in it."""
+    layers = tuple(
+        layer if own.kind == kind else layer._replace(tokens=0)
+        for own, layer in zip(spec.layers, layout.layers, strict=True)
+    )
+    return replace(layout, layers=layers)
+
+
+def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[BlockLayout]) -> memoryview:
+    """A part's bytes, to be sealed. ``blocks`` are those of the whole snapshot (``codecs.base.block_layouts``)."""
+    if codec.name == RAW.name or part.place.kind not in KINDS:
+        return part.raw.data
+    layout = part_layout(spec, blocks[part.place.block], part.place.kind)
+    dtype = STORAGE_DTYPES[layout.dtype]
+    offset = 0
+    planes = []
+    for layer in layout.layers:
+        keys, offset = _array(part.raw.data, offset, layer.shape, dtype)
+        values, offset = _array(part.raw.data, offset, layer.shape, dtype)
+        planes.append(Plane(keys, values))
+    return memoryview(codec.encode(planes, layout)).cast("B")
 
 
 def cut(layers: Sequence[LayerState], layouts: Sequence[LayerLayout], cached_tokens: int) -> list[RawPart]:
@@ -153,6 +183,17 @@ class Assembly:
                 for plane in self._planes[index]:
                     array, offset = _array(data, offset, shape, plane.dtype)
                     plane[:, start:stop] = array
+
+    def decode(self, place: PartPlace, data: memoryview, codec: Codec, blocks: Sequence[BlockLayout]) -> None:
+        """Take in what a codec made of a part. Raises SnapshotRefused."""
+        if codec.name == RAW.name or place.kind not in KINDS:
+            self.put(place, data)
+            return
+        planes = []
+        for layout, (keys, values) in zip(self._layouts, self._planes, strict=True):
+            start, stop = _rows(layout, place.block) if layout.kind == place.kind else (0, 0)
+            planes.append(Plane(keys[:, start:stop], values[:, start:stop]))
+        codec.decode(data, part_layout(self._spec, blocks[place.block], place.kind), planes)
 
     def layers(self) -> list[LayerState]:
         """What was put together."""

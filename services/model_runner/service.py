@@ -37,13 +37,7 @@ from protocol.errors import (
     from_wire,
 )
 from protocol.identity import digest
-from protocol.manifest import (
-    PrivatePart,
-    SignedManifest,
-    SnapshotManifest,
-    open_manifest,
-    seal_manifest,
-)
+from protocol.manifest import PrivatePart, SignedManifest, SnapshotManifest, open_manifest, seal_manifest
 from protocol.messages import (
     BlobPull,
     BlobPulling,
@@ -399,11 +393,10 @@ class ModelRunner(Service):
     def manifest(self, message: Received) -> SignedManifest:
         """The signed manifest of a snapshot that this node holds, its key wrapped for the asker where that may be."""
         ask: SnapshotManifestAsk = message.data
+        signed = self.store.manifest(ask.snapshot)
         if ask.sealing_key:
             self.context.peers.learn_sealing_key(message.node, ask.sealing_key)
-        signed = self.store.manifest(ask.snapshot)
-        keyring = self.context.peers.keyring()
-        return share(signed, message.node, self.context.identity, keyring)
+        return share(signed, message.node, self.context.identity, self.context.peers.keyring())
 
     @hears(ModelBuiltAsk)
     def built(self, message: Received) -> Deferred:

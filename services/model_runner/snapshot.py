@@ -17,35 +17,44 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
-from protocol.manifest import (
+from protocol.layout import (
     BLOCK_TOKENS,
-    MANIFEST_VERSION,
+    PART_SLACK_BYTES,
     RAW,
     ChunkRef,
     LayerLayout,
-    ModelDigests,
-    NumericsFingerprint,
     Part,
     PartPlace,
+    StateLayout,
+    plain_bytes,
+)
+from protocol.manifest import (
+    MANIFEST_VERSION,
+    ModelDigests,
+    NumericsFingerprint,
     PrivatePart,
     SnapshotManifest,
-    StateLayout,
     open_private,
-    plain_bytes,
     prefix_addresses,
     seal_private,
 )
 from protocol.sealing import DataKey
 from services.model_runner.blocks import (
+    KINDS,
     Assembly,
     Put,
     RawPart,
     blocks_of,
     chunks_of_parts,
+    codec_of,
+    codec_ref,
     cut,
+    encode_part,
     open_part,
     seal_part,
 )
+from services.model_runner.codecs.base import Codec, block_layouts
+from services.model_runner.codecs.raw import Raw
 from services.model_runner.engine import Engine, LayerState, ModelSpec, OnProgress, ShouldStop, check_layers
 from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.sampling import Sampler
@@ -150,12 +159,18 @@ def copy(
     )
 
 
-def seal(copied: Copied, put: Put) -> SnapshotManifest:
-    """Seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only."""
+def seal(copied: Copied, put: Put, codec: Codec | None = None) -> SnapshotManifest:
+    """Encode and seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only.
+
+    ``codec`` is ``raw`` when none is given.
+    """
+    codec = codec or Raw()
+    ref = codec_ref(codec)
     spec, key = copied.spec, copied.key
     cached = len(copied.tokens) - 1
     tokens = np.asarray(copied.tokens, dtype="<u4").tobytes()
     addresses = prefix_addresses(spec.digests, tokens, cached)
+    blocks = block_layouts(spec, cached)
     parts: list[tuple[PartPlace, Part]] = []
     total_bytes = 0
 
@@ -166,8 +181,9 @@ def seal(copied: Copied, put: Put) -> SnapshotManifest:
 
     copied.parts.reverse()
     while copied.parts:
-        place, raw = copied.parts.pop()
-        parts.append((place, seal_part(key, place, raw.data, addresses, RAW, count)))
+        part = copied.parts.pop()
+        data = encode_part(codec, spec, part, blocks)
+        parts.append((part.place, seal_part(key, part.place, data, addresses, ref, count)))
     whole = {place.kind: part for place, part in parts}
     private = PrivatePart(
         addresses=b"".join(addresses), sampler=copied.sampler, state=msgspec.to_builtins(copied.progress), tokens=tokens
@@ -183,7 +199,7 @@ def seal(copied: Copied, put: Put) -> SnapshotManifest:
         kv_dtype=spec.dtype,
         layers=_layouts(spec, cached),
         states=_states(spec),
-        codec=RAW,
+        codec=ref,
         cached_tokens=cached,
         blocks=blocks_of(cached, parts),
         recurrent=whole.get("recurrent"),
@@ -204,6 +220,7 @@ def pack(
     key: DataKey,
     extra: dict[str, Any] | None = None,
     logits: npt.NDArray[np.float32] | None = None,
+    codec: Codec | None = None,
 ) -> Packed:
     """Copy ``state`` into sealed chunks and describe it; the state may go on at once.
 
@@ -213,12 +230,13 @@ def pack(
         key: that it is sealed with; blocks are shared by the snapshots of one key.
         extra: what the caller keeps with the state (its messages), plain msgpack types; given back by ``extra_of``.
         logits: what reading the pending token gives, float32 of shape (vocab_size,), to be kept with it.
+        codec: that its blocks are encoded with; ``raw`` when none is given.
 
     Raises ModelError while the prompt has not been read to its end.
     """
     copied = copy(engine, state, conversation=conversation, creator=creator, key=key, extra=extra, logits=logits)
     chunks: list[bytearray] = []
-    return Packed(seal(copied, lambda _, chunk: chunks.append(chunk)), chunks)
+    return Packed(seal(copied, lambda _, chunk: chunks.append(chunk), codec), chunks)
 
 
 def refusal(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) -> SnapshotRefused | None:
@@ -249,9 +267,11 @@ def why_not_exact(engine: Engine, manifest: SnapshotManifest) -> str:
             here, there = getattr(own, name), getattr(theirs, name)
             if here != there:
                 return f"other {name}: {_brief(there)} there, {_brief(here)} here"
-    if manifest.codec != RAW:
-        return f"unknown codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}"
-    return ""
+    try:
+        exact = codec_of(manifest.codec).exact
+    except SnapshotRefused as error:
+        return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
+    return "" if exact else f"codec {manifest.codec.name} is not exact"
 
 
 class Read(NamedTuple):
@@ -381,7 +401,9 @@ def _read_layers(
         raise refused(manifest, "states", f"they are not those of {spec.name}")
     for place, part in manifest.parts():
         expected = 4 * spec.vocab_size if place.kind == "logits" else plain_bytes(manifest, place)
-        if part.encoded_bytes != expected:
+        # What another codec than `raw` makes of a block says in itself whether it is whole.
+        coded = manifest.codec.name != RAW.name and place.kind in KINDS
+        if part.encoded_bytes > expected + PART_SLACK_BYTES if coded else part.encoded_bytes != expected:
             field = f"blocks[{place.block}].{place.kind}"
             raise refused(manifest, field, f"{part.encoded_bytes:,} bytes, its layers take {expected:,}")
     if [len(chunk) for chunk in chunks] != [ref.size_bytes for ref in manifest.chunks]:
@@ -389,6 +411,7 @@ def _read_layers(
             manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
         )
     addresses = private.address_list()
+    codec, blocks = codec_of(manifest.codec), block_layouts(spec, manifest.cached_tokens)
     assembly = Assembly(spec, layouts)
     logits: npt.NDArray[np.float32] | None = None
     buffer = memoryview(bytearray(max((part.encoded_bytes for _, part in manifest.parts()), default=0)))
@@ -396,12 +419,12 @@ def _read_layers(
         data = buffer[: part.encoded_bytes]
         try:
             open_part(key, place, chunks[own], addresses, manifest.codec, data)
+            if place.kind == "logits":
+                logits = np.frombuffer(data, "<f4").copy()
+            else:
+                assembly.decode(place, data, codec, blocks)
         except SnapshotRefused as error:
             raise refused(manifest, f"blocks[{place.block}].{place.kind}", error.reason) from error
-        if place.kind == "logits":
-            logits = np.frombuffer(data, "<f4").copy()
-        else:
-            assembly.put(place, data)
     layers = assembly.layers()
     check_layers(spec, layers)
     return layers, logits

@@ -23,7 +23,7 @@ from edge.liveness import Liveness
 from edge.service import STATE_INTERVAL_S, Context, Service, hears
 from edge.text import mindstream_version
 from protocol.codec import Received
-from protocol.errors import MindstreamError
+from protocol.errors import MindstreamError, StorageError
 from protocol.messages import (
     HomeAssistantDevice,
     NodeNow,
@@ -219,7 +219,10 @@ class Presence(Service):
             self._liveness.hear(message)
         state: NodeState = message.data
         if state.sealing_key and message.node != self.node:
-            self.context.peers.learn_sealing_key(message.node, state.sealing_key)
+            try:
+                self.context.peers.learn_sealing_key(message.node, state.sealing_key)
+            except StorageError as error:  # a node whose disk is full still hears the others
+                log.warning("the sealing key of %s is not kept: %s", message.node, error)
         if (
             message.node == self.node
             and state.fingerprint

@@ -17,16 +17,12 @@ from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
 from edge.bus import Bus
 from protocol.errors import BadSignature, BlobError, NotFound, Overloaded, UnknownPeer
 from protocol.identity import Identity, Keyring, digest
+from protocol.layout import RAW, Block, ChunkRef, LayerLayout, Part
 from protocol.manifest import (
     MANIFEST_VERSION,
     MAX_CHUNK_BYTES,
-    RAW,
-    Block,
-    ChunkRef,
-    LayerLayout,
     ModelDigests,
     NumericsFingerprint,
-    Part,
     SignedManifest,
     SnapshotManifest,
     open_manifest,

@@ -123,3 +123,38 @@ def test_many_processes_may_trust_at_once(tmp_path: Path) -> None:
     processes = [subprocess.Popen([sys.executable, "-c", program, name, OTHER.fingerprint]) for name in names]
     assert [process.wait(150) for process in processes] == [0] * 6
     assert set(peers_of(tmp_path).table()) == set(names)
+
+
+# --- sealing keys -----------------------------------------------------------------------------------------------
+
+
+def test_the_sealing_key_of_a_trusted_node_is_kept_and_seen_by_other_processes(tmp_path: Path) -> None:
+    hearing, sealing = peers_of(tmp_path), peers_of(tmp_path)
+    hearing.trust("sprout", OTHER.fingerprint)
+    assert set(sealing.keyring().sealing_keys) == {"tomato"}
+    assert hearing.learn_sealing_key("sprout", OTHER.sealing_key)
+    assert sealing.keyring().sealing_keys["sprout"] == OTHER.sealing.public_key
+    assert peers_of(tmp_path).keyring().sealing_keys["sprout"] == OTHER.sealing.public_key
+
+
+def test_a_sealing_key_of_another_or_of_a_stranger_is_not_kept(tmp_path: Path) -> None:
+    peers = peers_of(tmp_path)
+    assert not peers.learn_sealing_key("sprout", OTHER.sealing_key)
+    peers.trust("sprout", OTHER.fingerprint)
+    for announced in (Identity.generate("sprout").sealing_key, "x25519:abc", ""):
+        assert not peers.learn_sealing_key("sprout", announced)
+    assert set(peers.keyring().sealing_keys) == {"tomato"}
+    assert not (tmp_path / "keys" / "sealing.json").exists()
+
+
+def test_a_sealing_key_goes_with_the_trust_in_its_node(tmp_path: Path) -> None:
+    peers = peers_of(tmp_path)
+    peers.trust("sprout", OTHER.fingerprint)
+    assert peers.learn_sealing_key("sprout", OTHER.sealing_key)
+    newer = Identity.generate("sprout")
+    peers.trust("sprout", newer.fingerprint, replace=True)
+    assert set(peers.keyring().sealing_keys) == {"tomato"}
+    assert peers.learn_sealing_key("sprout", newer.sealing_key)
+    assert peers.keyring().sealing_keys["sprout"] == newer.sealing.public_key
+    peers.forget("sprout")
+    assert set(peers.keyring().sealing_keys) == {"tomato"}

@@ -17,14 +17,10 @@ from protocol.built_manifest import BuiltFile, BuiltManifest, SignedBuiltManifes
 from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_hash, seal
 from protocol.errors import ErrorInfo
 from protocol.identity import Identity, digest
+from protocol.layout import RAW, Block, LayerLayout, Part, PartPlace
 from protocol.manifest import (
-    RAW,
-    Block,
-    LayerLayout,
     ModelDigests,
     NumericsFingerprint,
-    Part,
-    PartPlace,
     PrivatePart,
     SignedManifest,
     SnapshotManifest,

@@ -22,7 +22,8 @@ from protocol.built_manifest import (
 )
 from protocol.errors import BadSignature, MalformedMessage, UnknownPeer
 from protocol.identity import DOMAIN_BUILT_MODEL, DOMAIN_MANIFEST, Identity, Keyring, digest
-from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, ChunkRef
+from protocol.layout import ChunkRef
+from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES
 
 TOMATO = Identity("tomato", bytes(range(32)))
 KEYRING = Keyring({"tomato": TOMATO.fingerprint})

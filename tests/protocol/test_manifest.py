@@ -13,20 +13,15 @@ from hypothesis import strategies as st
 
 from protocol.errors import BadSignature, MalformedMessage, MindstreamError, SnapshotRefused, UnknownPeer
 from protocol.identity import DOMAIN_ENTRY, DOMAIN_MANIFEST, Identity, Keyring, digest
+from protocol.layout import Block, LayerLayout, Part, PartPlace, StateLayout, plain_bytes
 from protocol.manifest import (
     MAX_MANIFEST_BYTES,
-    Block,
-    LayerLayout,
     ModelDigests,
-    Part,
-    PartPlace,
     SignedManifest,
     SnapshotManifest,
-    StateLayout,
     is_canonical,
     open_manifest,
     open_private,
-    plain_bytes,
     prefix_addresses,
     seal_manifest,
     seal_private,
@@ -94,7 +89,9 @@ def _blocks(index: int, **changes: Any) -> dict[str, Any]:
 
 
 def _full(index: int, **changes: Any) -> dict[str, Any]:
-    return _blocks(index, full=msgspec.structs.replace(SMALL.manifest.blocks[index].full, **changes))
+    full = SMALL.manifest.blocks[index].full
+    assert full is not None
+    return _blocks(index, full=msgspec.structs.replace(full, **changes))
 
 
 def _layers(index: int, **changes: Any) -> dict[str, Any]:

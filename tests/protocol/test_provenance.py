@@ -23,9 +23,10 @@ def chain_of(*steps: tuple[Identity, bytes, Kind, dict[str, Any]]) -> list[Signe
     return chain
 
 
-CREATED = (TOMATO, FIRST, "created", {})
-MOVED = (SPROUT, FIRST, "moved", {"from": "tomato"})
-PRUNED = (SPROUT, SECOND, "pruned", {"from": FIRST, "kept": 100})
+Step = tuple[Identity, bytes, Kind, dict[str, Any]]
+CREATED: Step = (TOMATO, FIRST, "created", {})
+MOVED: Step = (SPROUT, FIRST, "moved", {"from": "tomato"})
+PRUNED: Step = (SPROUT, SECOND, "pruned", {"from": FIRST, "kept": 100})
 WHOLE = chain_of(CREATED, MOVED, PRUNED, (TOMATO, SECOND, "moved", {"from": "sprout"}))
 
 

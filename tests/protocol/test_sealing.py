@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import BadSignature, SnapshotRefused, TrustError, UnknownPeer
 from protocol.identity import DOMAIN_WRAP, Identity, Keyring, SealingKeys
-from protocol.manifest import RAW
+from protocol.layout import RAW
 from protocol.sealing import (
     MAX_CHUNK_BYTES,
     MAX_PLAIN_BYTES,

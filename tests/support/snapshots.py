@@ -8,20 +8,14 @@ from typing import Any
 import msgspec
 
 from protocol.identity import Identity, digest
+from protocol.layout import RAW, Block, ChunkRef, LayerLayout, Part, PartPlace, plain_bytes
 from protocol.manifest import (
     MANIFEST_VERSION,
-    RAW,
-    Block,
-    ChunkRef,
-    LayerLayout,
     ModelDigests,
     NumericsFingerprint,
-    Part,
-    PartPlace,
     PrivatePart,
     SignedManifest,
     SnapshotManifest,
-    plain_bytes,
     prefix_addresses,
     seal_manifest,
     seal_private,

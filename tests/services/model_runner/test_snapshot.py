@@ -16,10 +16,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from protocol.errors import ModelError, SnapshotRefused
-from protocol.identity import Identity, Keyring
+from protocol.identity import Identity, Keyring, digest
+from protocol.layout import CodecRef
 from protocol.manifest import (
     MAX_CHUNK_BYTES,
-    CodecRef,
     SnapshotManifest,
     open_manifest,
     open_private,
@@ -29,6 +29,8 @@ from protocol.manifest import (
     verify_chunk,
 )
 from protocol.sealing import SEAL_BYTES, DataKey
+from services.model_runner.codecs.int8 import Int8
+from services.model_runner.codecs.lossless import Lossless
 from services.model_runner.engine import Engine
 from services.model_runner.generation import GenerationSettings, GenerationState, begin, generate
 from services.model_runner.sampling import SamplingSettings
@@ -183,7 +185,43 @@ def test_an_unknown_codec_or_version_resumes_from_the_tokens(engine: Transformer
     manifest, _ = through_the_wire(saved(engine, started(engine, LONG[:30], 2)))
     manifest.codec = codec
     assert unpack(engine, manifest, KEY, []).how == "recomputed"
-    assert why_not_exact(engine, manifest) == f"unknown codec '{codec.name}' of version {codec.version}"
+    assert f"codec '{codec.name}' of version {codec.version}" in why_not_exact(engine, manifest)
+
+
+def test_an_exact_codec_is_resumed_bit_for_bit_and_is_smaller(engine: TransformersEngine) -> None:
+    state = started(engine, LONG[:600], 3)
+    plain, packed = saved(engine, state), saved(engine, state, codec=Lossless())
+    manifest, chunks = through_the_wire(packed)
+    assert manifest.codec == CodecRef("lossless", 1, {})
+    assert manifest.total_bytes < 0.9 * plain.manifest.total_bytes
+    resumed = unpack(engine, manifest, KEY, chunks)
+    assert (resumed.how, resumed.reason) == ("exact", "")
+    for here, there in zip(engine.export_layers(state.cache), engine.export_layers(resumed.state.cache), strict=True):
+        np.testing.assert_array_equal(here.keys, there.keys)
+        np.testing.assert_array_equal(here.values, there.values)
+
+
+def test_a_codec_that_is_not_exact_is_resumed_from_the_tokens(engine: TransformersEngine) -> None:
+    state = started(engine, LONG[:300], 3)
+    manifest, _ = through_the_wire(saved(engine, state, codec=Int8()))
+    resumed = unpack(engine, manifest, KEY, [])
+    assert (resumed.how, resumed.reason) == ("recomputed", "codec int8 is not exact")
+
+
+def test_a_block_that_was_encoded_wrong_is_refused_by_its_place(engine: TransformersEngine) -> None:
+    """Sealed and signed by its creator, and still no block of this codec."""
+    state = started(engine, LONG[:30], 2)
+    packed = saved(engine, state)
+    packed.manifest.codec = CodecRef("lossless", 1, {})
+    place, part = next(packed.manifest.parts())
+    addresses = open_private(packed.manifest, KEY).address_list()
+    sealed = bytes(KEY.seal(place.role(addresses, packed.manifest.codec, 0), b"not a block" * 9))
+    part.encoded_bytes, part.digests = 99, digest(sealed)
+    packed.manifest.total_bytes = len(sealed)
+    manifest = open_manifest(seal_manifest(TOMATO, packed.manifest), KEYRING)
+    with pytest.raises(SnapshotRefused) as caught:
+        unpack(engine, manifest, KEY, [sealed])
+    assert caught.value.field == "blocks[0].full"
 
 
 def test_chunks_that_changed_places_do_not_open(engine: TransformersEngine) -> None:
