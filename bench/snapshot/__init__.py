@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.report import Figures, Progress, machine, silent, versions
-from bench.snapshot import codecs
+from bench.snapshot import codecs, sealed
 from protocol.errors import ConfigError
 from services.model_runner.chat import ChatFormat
 from services.model_runner.transformers_engine import TransformersEngine
 
-PARTS = ("codecs",)
+PARTS = ("codecs", "sealed")
 """Each can be measured alone."""
 
 
@@ -51,8 +51,11 @@ def run(options: Options, progress: Progress = silent) -> Figures:
         sizes = {"prefix_tokens": 96, "continuation_tokens": 32, "most_texts": 2} if options.quick else {}
         figures |= codecs.measure(engine, chat, basis, progress, **sizes)
         figures |= codecs.long_figures(engine, chat, basis, progress, 300 if options.quick else codecs.LONG_TOKENS)
+    if "sealed" in options.parts:
+        sizes = {"tokens": 300, "mutations": 100} if options.quick else {}
+        figures |= sealed.measure(engine, chat, progress, **sizes)
     return figures | {
         "machine": machine(),
-        "versions": versions("torch", "transformers", "numpy", "zstandard"),
+        "versions": versions("torch", "transformers", "numpy", "zstandard", "cryptography", "blake3"),
         "baseline": "keys and values at 16 bits a number; perplexity after the exact cache, same engine and schedule",
     }

@@ -22,6 +22,8 @@ from protocol.manifest import SnapshotManifest
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
 from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane
+from services.model_runner.codecs.basis import Basis
+from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
 
 Array = npt.NDArray[Any]
@@ -44,9 +46,9 @@ def codec_ref(codec: Codec) -> CodecRef:
     return CodecRef(codec.name, params.pop("version"), params)
 
 
-def codec_of(ref: CodecRef) -> Codec:
-    """The codec that a manifest names. Raises SnapshotRefused for one that this version has not."""
-    return find_codec(ref.name, {"version": ref.version, **ref.params})
+def codec_of(ref: CodecRef, basis: Basis | None = None) -> Codec:
+    """The codec that a manifest names. Raises SnapshotRefused for one that this node has not."""
+    return find_codec(ref.name, {"version": ref.version, **ref.params}, basis)
 
 
 def part_layout(spec: ModelSpec, layout: BlockLayout, kind: str) -> BlockLayout:
@@ -70,7 +72,8 @@ def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[B
         keys, offset = _array(part.raw.data, offset, layer.shape, dtype)
         values, offset = _array(part.raw.data, offset, layer.shape, dtype)
         planes.append(Plane(keys, values))
-    return memoryview(codec.encode(planes, layout)).cast("B")
+    seen_tokens = blocks[-1].position + blocks[-1].tokens
+    return memoryview(codec.encode(planes, layout, recent_in(layout, seen_tokens))).cast("B")
 
 
 def cut(layers: Sequence[LayerState], layouts: Sequence[LayerLayout], cached_tokens: int) -> list[RawPart]:

@@ -30,6 +30,7 @@ from protocol.layout import (
 )
 from protocol.manifest import (
     MANIFEST_VERSION,
+    Certificate,
     ModelDigests,
     NumericsFingerprint,
     PrivatePart,
@@ -54,13 +55,14 @@ from services.model_runner.blocks import (
     seal_part,
 )
 from services.model_runner.codecs.base import Codec, block_layouts
+from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.raw import Raw
 from services.model_runner.engine import Engine, LayerState, ModelSpec, OnProgress, ShouldStop, check_layers
 from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.sampling import Sampler
 
 Chunk = bytes | bytearray | memoryview
-How = Literal["exact", "recomputed"]
+How = Literal["exact", "lossy", "recomputed"]
 
 
 class Packed(NamedTuple):
@@ -77,9 +79,10 @@ class Unpacked(NamedTuple):
     state: GenerationState
     how: How
     """``exact``: the KV was restored bit for bit, and the next token is the one that would have come.
+    ``lossy``: the KV is that of a codec which is not exact; the manifest's certificate says how close it is.
     ``recomputed``: the tokens are to be read again by the next ``generate``, here, with this node's numerics."""
     reason: str
-    """Why it was recomputed; empty when exact."""
+    """Why it was recomputed; empty when its KV was used."""
     logits: npt.NDArray[np.float32] | None = None
     """What the first step must give, where the snapshot says it."""
 
@@ -159,10 +162,12 @@ def copy(
     )
 
 
-def seal(copied: Copied, put: Put, codec: Codec | None = None) -> SnapshotManifest:
+def seal(
+    copied: Copied, put: Put, codec: Codec | None = None, certificate: Certificate | None = None
+) -> SnapshotManifest:
     """Encode and seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only.
 
-    ``codec`` is ``raw`` when none is given.
+    ``codec`` is ``raw`` when none is given; ``certificate`` says how faithful one is that is not exact.
     """
     codec = codec or Raw()
     ref = codec_ref(codec)
@@ -208,6 +213,7 @@ def seal(copied: Copied, put: Put, codec: Codec | None = None) -> SnapshotManife
         sealed=seal_private(key, private),
         total_bytes=total_bytes,
         parent=copied.parent,
+        certificate=certificate,
     )
 
 
@@ -255,10 +261,16 @@ def refusal(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) ->
     return None
 
 
-def why_not_exact(engine: Engine, manifest: SnapshotManifest) -> str:
+def why_not_exact(
+    engine: Engine, manifest: SnapshotManifest, *, lossy: bool = False, basis: Basis | None = None
+) -> str:
     """Why the KV of a snapshot must not be used here, so that its tokens are read again; empty when it may be.
 
     Bit-equality is promised between equal weights, configurations and fingerprints alone.
+
+    Args:
+        lossy: whether a codec will do that is not exact; how close it is its certificate says.
+        basis: of the model, for a codec that needs one.
     """
     own: ModelDigests | NumericsFingerprint
     theirs: ModelDigests | NumericsFingerprint
@@ -268,10 +280,10 @@ def why_not_exact(engine: Engine, manifest: SnapshotManifest) -> str:
             if here != there:
                 return f"other {name}: {_brief(there)} there, {_brief(here)} here"
     try:
-        exact = codec_of(manifest.codec).exact
+        exact = codec_of(manifest.codec, basis).exact
     except SnapshotRefused as error:
         return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
-    return "" if exact else f"codec {manifest.codec.name} is not exact"
+    return "" if exact or lossy else f"codec {manifest.codec.name} is not exact"
 
 
 class Read(NamedTuple):
@@ -284,7 +296,9 @@ class Read(NamedTuple):
     """Empty when the tokens are to be read again."""
     logits: npt.NDArray[np.float32] | None
     reason: str
-    """Why the tokens are to be read again; empty when the layers are exact."""
+    """Why the tokens are to be read again; empty when the layers are used."""
+    exact: bool = True
+    """Whether the layers are so bit for bit."""
 
 
 def read(
@@ -295,12 +309,15 @@ def read(
     chunks: Sequence[Chunk],
     *,
     from_tokens: str = "",
+    lossy: bool = False,
+    basis: Basis | None = None,
 ) -> Read:
     """Decrypt what ``seal`` sealed; on any thread, the engine is only asked what it is.
 
     ``chunks`` must have been verified against the manifest's digests (``protocol.manifest.verify_chunk``). They may
     be left out (an empty sequence) when ``why_not_exact`` gave a reason, or ``from_tokens`` gives one. Nothing is
-    allocated before the layouts match the model and the sizes match the layouts.
+    allocated before the layouts match the model and the sizes match the layouts. ``lossy`` and ``basis`` are
+    ``why_not_exact``'s.
 
     Raises SnapshotRefused, naming the field.
     """
@@ -308,11 +325,12 @@ def read(
     if error is not None:
         raise error
     tokens, sampler, progress = _read_state(engine, manifest, private)
-    reason = from_tokens or why_not_exact(engine, manifest)
+    reason = from_tokens or why_not_exact(engine, manifest, lossy=lossy, basis=basis)
     if reason:
         return Read(tokens, sampler, progress, [], None, reason)
-    layers, logits = _read_layers(engine, manifest, private, key, chunks)
-    return Read(tokens, sampler, progress, layers, logits, "")
+    codec = codec_of(manifest.codec, basis)
+    layers, logits = _read_layers(engine, manifest, private, key, chunks, codec)
+    return Read(tokens, sampler, progress, layers, logits, "", codec.exact)
 
 
 def restore(engine: Engine, found: Read) -> Unpacked:
@@ -329,7 +347,8 @@ def restore(engine: Engine, found: Read) -> Unpacked:
         finish_reason=progress.finish_reason,
         constrained_tokens=progress.constrained_tokens,
     )
-    return Unpacked(state, "recomputed" if found.reason else "exact", found.reason, found.logits)
+    how: How = "recomputed" if found.reason else "exact" if found.exact else "lossy"
+    return Unpacked(state, how, found.reason, found.logits)
 
 
 def unpack(engine: Engine, manifest: SnapshotManifest, key: DataKey, chunks: Sequence[Chunk]) -> Unpacked:
@@ -386,7 +405,12 @@ def _progress(manifest: SnapshotManifest, private: PrivatePart) -> _Progress:
 
 
 def _read_layers(
-    engine: Engine, manifest: SnapshotManifest, private: PrivatePart, key: DataKey, chunks: Sequence[Chunk]
+    engine: Engine,
+    manifest: SnapshotManifest,
+    private: PrivatePart,
+    key: DataKey,
+    chunks: Sequence[Chunk],
+    codec: Codec,
 ) -> tuple[list[LayerState], npt.NDArray[np.float32] | None]:
     """The layers, and the next token's logits where they are kept."""
     spec = engine.spec
@@ -411,7 +435,7 @@ def _read_layers(
             manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
         )
     addresses = private.address_list()
-    codec, blocks = codec_of(manifest.codec), block_layouts(spec, manifest.cached_tokens)
+    blocks = block_layouts(spec, manifest.cached_tokens)
     assembly = Assembly(spec, layouts)
     logits: npt.NDArray[np.float32] | None = None
     buffer = memoryview(bytearray(max((part.encoded_bytes for _, part in manifest.parts()), default=0)))

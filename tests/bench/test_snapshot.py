@@ -41,8 +41,16 @@ def test_every_rung_is_measured_on_files(tiny_model: Path, tmp_path: Path) -> No
     assert kept.read_bytes() == before
 
 
+def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: Path, tmp_path: Path) -> None:
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed"], quick=True))
+    for key in ("encode_restore_s_per_gb", "store_save_s_per_gb", "store_load_s_per_gb", "int8_sealed_encode_s_per_gb"):
+        assert float(figures[key] or 0) > 0
+    assert figures["mutations"] == figures["mutations_refused"] == 100
+    json.dumps(figures, allow_nan=False)
+
+
 def test_parts_have_names(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of codecs"):
+    with pytest.raises(ConfigError, match="none of codecs, sealed"):
         run(Options(tiny_model, tmp_path, parts=["speed"]))
 
 

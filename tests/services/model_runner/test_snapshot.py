@@ -30,6 +30,7 @@ from protocol.manifest import (
 )
 from protocol.sealing import SEAL_BYTES, DataKey
 from services.model_runner.codecs.int8 import Int8
+from services.model_runner.codecs.ladder import decode_blocks, encode_blocks
 from services.model_runner.codecs.lossless import Lossless
 from services.model_runner.engine import Engine
 from services.model_runner.generation import GenerationSettings, GenerationState, begin, generate
@@ -206,6 +207,23 @@ def test_a_codec_that_is_not_exact_is_resumed_from_the_tokens(engine: Transforme
     manifest, _ = through_the_wire(saved(engine, state, codec=Int8()))
     resumed = unpack(engine, manifest, KEY, [])
     assert (resumed.how, resumed.reason) == ("recomputed", "codec int8 is not exact")
+
+
+def test_who_takes_a_lossy_codec_gets_its_cache_and_is_told(engine: TransformersEngine) -> None:
+    state = started(engine, LONG[:600], 3)
+    manifest, chunks = through_the_wire(saved(engine, state, codec=Int8()))
+    found = read(engine, manifest, open_private(manifest, KEY), KEY, chunks, lossy=True)
+    resumed = restore(engine, found)
+    assert (resumed.how, resumed.reason, resumed.state.cache.length) == ("lossy", "", state.cache.length)
+    own = decode_blocks(
+        Int8(),
+        engine.spec,
+        encode_blocks(Int8(), engine.spec, engine.export_layers(state.cache)),
+        manifest.cached_tokens,
+    )
+    for there, here in zip(found.layers, own, strict=True):
+        np.testing.assert_array_equal(there.keys, here.keys)
+        np.testing.assert_array_equal(there.values, here.values)
 
 
 def test_a_block_that_was_encoded_wrong_is_refused_by_its_place(engine: TransformersEngine) -> None:
