@@ -184,7 +184,7 @@ def test_parked_conversations_outlive_the_process(make_on_either: Make) -> None:
     assert after.count("restored.kv_cache") == 1
 
 
-@pytest.mark.parametrize("damage", ["header", "chunk", "short", "gone", "other"])
+@pytest.mark.parametrize("damage", ["chunk", "manifest", "short", "gone", "other"])
 def test_a_parked_file_that_is_damaged_is_said_and_the_tokens_are_read_again(
     make: Make, damage: str, tmp_path: Path
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_parked_file_that_is_damaged_is_said_and_the_tokens_are_read_again(
     assert len(files) == 2
     bodies = [path.read_bytes() for path in files]
     for path, body, another in zip(files, bodies, reversed(bodies), strict=True):
-        at = 60 if damage == "header" else len(body) - 100
+        at = 60 if damage == "chunk" else len(body) - 100
         if damage == "gone":
             path.unlink()
         elif damage == "other":
@@ -207,6 +207,30 @@ def test_a_parked_file_that_is_damaged_is_said_and_the_tokens_are_read_again(
     assert done.usage is not None
     assert done.usage.cached_tokens == 0
     assert runner.count("refused.parked") == 1
+
+
+def test_a_parked_file_says_nothing_to_others_and_is_nothing_to_another_node(make: Make, tmp_path: Path) -> None:
+    runner = make("tight", caches=1)
+    turns(runner, ["c0", "c1"], "hello from")
+    runner.parking._thread.submit(lambda: None).result(WAIT_S)
+    (path,) = (tmp_path / "tight" / "parked").glob("*.kv")
+    history = runner.loaded.conversations.history("c0")
+    assert history is not None
+    body = path.read_bytes()
+    prompt = b"".join(token.to_bytes(4, "little") for token in history.tokens[:8])
+    assert prompt not in body
+    assert b"hello" not in body
+    dropped: list[str] = []
+    other = Parking(
+        tmp_path / "tight" / "parked",
+        runner.loaded.engine,
+        identity=Identity("tomato", bytes(range(32))),  # of the same name, with another key
+        most_bytes=2**30,
+        on_drop=lambda name, _: dropped.append(name),
+    )
+    assert other.totals == (0, 0)
+    assert not path.exists()
+    other.stop()
 
 
 def test_the_folder_of_the_parked_has_a_bound_and_the_oldest_go(make: Make, tmp_path: Path) -> None:
