@@ -57,8 +57,8 @@ from protocol.messages import (
     SnapshotSaved,
 )
 from protocol.provenance import add_statement
-from protocol.sealing import DataKey, wrap_key
-from protocol.sharing import Opened, open_snapshot, share
+from protocol.sealing import DataKey
+from protocol.sharing import Opened, known_to_others, open_snapshot, share, wrap_for_all
 from services.model_runner import engines, snapshot
 from services.model_runner.answers import Run
 from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
@@ -339,10 +339,13 @@ class ModelRunner(Service):
         def write() -> SnapshotSaved:
             # Copied between two tokens, sealed and written while the next ones are already being generated.
             conversation, copied = self.worker.between_tokens(lambda loaded: self._copy(loaded, name)).result()
-            key = copied.key
+            if self._must_change_key(copied):
+                conversation.key = DataKey.generate()
+                copied = copied._replace(key=conversation.key)
+                log.info("%s is sealed with another key from now on: not all that have the last one are trusted", name)
             with self.store.writing():
                 manifest = snapshot.seal(copied, self.store.put_chunk)
-                signed = self._sign(manifest, key)
+                signed = self._sign(manifest, copied.key)
                 identifier = self.store.put_manifest(signed)
             conversation.parent = bytes.fromhex(identifier)
             size_bytes = manifest.total_bytes + len(signed.manifest)
@@ -384,19 +387,32 @@ class ModelRunner(Service):
         """A manifest signed, its key wrapped for this node and for all that it trusts, its provenance begun."""
         identity = self.context.identity
         signed = seal_manifest(identity, manifest)
-        readers = {**self.context.peers.keyring().sealing_keys, self.node: identity.sealing.public_key}
-        signed.wraps = [wrap_key(identity, key, node, public_key) for node, public_key in sorted(readers.items())]
+        signed.wraps = wrap_for_all(identity, key, self.context.peers.keyring())
         signed.provenance = add_statement(identity, [], digest(signed.manifest), "created")
         return signed
+
+    def _must_change_key(self, copied: snapshot.Copied) -> bool:
+        """Whether somebody may have the conversation's key whom this node does not trust (any more)."""
+        if not copied.parent:
+            return False  # nothing was sealed with it that others have seen
+        try:
+            parent = self.store.manifest(copied.parent.hex())
+        except MindstreamError:
+            return True  # who has it stood there
+        return known_to_others(parent, copied.key.id, self.context.peers.keyring())
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:
         """The signed manifest of a snapshot that this node holds, its key wrapped for the asker where that may be."""
         ask: SnapshotManifestAsk = message.data
-        signed = self.store.manifest(ask.snapshot)
         if ask.sealing_key:
             self.context.peers.learn_sealing_key(message.node, ask.sealing_key)
-        return share(signed, message.node, self.context.identity, self.context.peers.keyring())
+        with self.store.writing():
+            signed = self.store.manifest(ask.snapshot)
+            shared = share(signed, message.node, self.context.identity, self.context.peers.keyring())
+            if shared.kept is not None:
+                self.store.put_manifest(shared.kept)
+        return shared.sent
 
     @hears(ModelBuiltAsk)
     def built(self, message: Received) -> Deferred:

@@ -22,7 +22,7 @@ MOST_BYTES = 256 * 1024
 
 def sent(small: Small) -> Sent:
     """As it comes to sprout."""
-    signed = share(small.signed, "sprout", TOMATO, KEYRING)
+    signed = share(small.signed, "sprout", TOMATO, KEYRING).sent
     return Sent(small.identifier, msgspec.msgpack.encode(signed), list(small.chunks))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from protocol.errors import BadSignature, SnapshotRefused, TrustError, UnknownPeer
 from protocol.identity import DOMAIN_WRAP, Identity, Keyring, SealingKeys
 from protocol.layout import RAW
+from protocol.manifest import SignedManifest, seal_manifest
 from protocol.sealing import (
     MAX_CHUNK_BYTES,
     MAX_PLAIN_BYTES,
@@ -25,7 +26,7 @@ from protocol.sealing import (
     unwrap_key,
     wrap_key,
 )
-from protocol.sharing import share
+from protocol.sharing import key_of, known_to_others, share, wrap_for_all
 from tests.support.snapshots import KEY, SPROUT, TOMATO, small_snapshot
 
 MARS = Identity("mars", bytes(range(2, 34)))
@@ -179,19 +180,59 @@ def test_a_sealing_key_is_believed_when_its_node_signed_it() -> None:
 def test_a_holder_wraps_the_key_again_for_a_node_that_it_trusts() -> None:
     small = small_snapshot()
     keyring = Keyring({**KEYRING.fingerprints, "mars": MARS.fingerprint})
-    assert share(small.signed, "mars", SPROUT, keyring).wraps == []  # its sealing key is not known yet
+    assert share(small.signed, "mars", SPROUT, keyring).sent.wraps == []  # its sealing key is not known yet
     keyring.add_sealing_key("mars", MARS.sealing_key)
-    sent = share(small.signed, "mars", SPROUT, keyring)
-    assert [wrap.recipient for wrap in map(read_wrap, sent.wraps) if wrap] == ["mars"]
+    sent, kept = share(small.signed, "mars", SPROUT, keyring)
+    assert readers(sent) == ["mars"]
     assert unwrap_key(sent.wraps, KEY.id, [MARS.sealing], keyring).secret == KEY.secret
     assert (sent.manifest, sent.provenance) == (small.signed.manifest, small.signed.provenance)
+    assert kept is not None
+    assert readers(kept) == ["tomato", "sprout", "mars"]
+    assert share(kept, "mars", SPROUT, keyring).kept is None
 
 
 def test_a_holder_that_cannot_open_it_passes_on_what_was_wrapped_for_the_asker() -> None:
     small = small_snapshot()
-    keyring = Keyring({**KEYRING.fingerprints, "mars": MARS.fingerprint})
-    for each in (SPROUT, MARS):
-        keyring.add_sealing_key(each.node, each.sealing_key)
-    sent = share(small.signed, "sprout", MARS, keyring)
+    keyring = knowing(TOMATO, SPROUT, MARS)
+    sent = share(small.signed, "sprout", MARS, keyring).sent
     assert opened(*sent.wraps).secret == KEY.secret
-    assert share(sent, "mars", MARS, keyring).wraps == []
+    assert share(sent, "mars", MARS, keyring).sent.wraps == []
+
+
+def test_what_its_creator_alone_may_share_another_holder_does_not() -> None:
+    small = small_snapshot()
+    keyring = knowing(TOMATO, SPROUT, MARS)
+    manifest = msgspec.structs.replace(small.manifest, sharing="creator")
+    signed = msgspec.structs.replace(seal_manifest(TOMATO, manifest), wraps=small.signed.wraps)
+    assert share(signed, "mars", SPROUT, keyring).sent.wraps == []
+    assert readers(share(signed, "mars", TOMATO, keyring).sent) == ["mars"]
+    by_sprout = msgspec.structs.replace(signed, wraps=[wrap_key(SPROUT, KEY, "mars", MARS.sealing.public_key)])
+    with pytest.raises(SnapshotRefused, match="tomato alone may"):
+        key_of(by_sprout, manifest, MARS, keyring)
+
+
+def test_a_key_is_wrapped_for_this_node_and_all_that_it_trusts() -> None:
+    wraps = wrap_for_all(SPROUT, KEY, knowing(TOMATO, SPROUT, MARS))
+    assert [wrap.recipient for wrap in map(read_wrap, wraps) if wrap] == ["sprout", "mars", "tomato"]
+    assert [wrap.recipient for wrap in map(read_wrap, wrap_for_all(SPROUT, KEY, Keyring())) if wrap] == ["sprout"]
+
+
+def test_a_key_that_a_node_has_that_is_not_trusted_any_more_is_told() -> None:
+    signed = small_snapshot().signed  # wrapped for tomato and sprout
+    assert not known_to_others(signed, KEY.id, knowing(TOMATO, SPROUT))
+    assert known_to_others(signed, KEY.id, knowing(TOMATO))
+    assert known_to_others(signed, KEY.id, knowing(SPROUT)), "its creator has it too"
+    assert known_to_others(signed, KEY.id, knowing(TOMATO, Identity("sprout", bytes(range(7, 39)))))
+    assert not known_to_others(signed, bytes(32), knowing(TOMATO)), "that was another key"
+
+
+def readers(signed: SignedManifest) -> list[str]:
+    return [wrap.recipient for wrap in map(read_wrap, signed.wraps) if wrap]
+
+
+def knowing(*nodes: Identity) -> Keyring:
+    """Trusts them, and knows their sealing keys."""
+    keyring = Keyring({each.node: each.fingerprint for each in nodes})
+    for each in nodes:
+        keyring.add_sealing_key(each.node, each.sealing_key)
+    return keyring

@@ -358,6 +358,28 @@ def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pa
     assert back.size_bytes < saved.size_bytes / 2
 
 
+def test_a_node_that_is_forgotten_cannot_read_what_is_saved_next(pair: Pair) -> None:
+    def key_id(saved: SnapshotSaved) -> bytes:
+        signed: SignedManifest = pair.bus.ask("tomato", SnapshotManifestAsk(saved.snapshot), ttl_ms=TTL_MS)
+        return msgspec.msgpack.decode(signed.manifest, type=SnapshotManifest).key_id
+
+    conversation = new("forgotten")
+    pair.ask("tomato", conversation, QUESTION)
+    first = pair.save(conversation)
+    assert pair.resume(first.snapshot).how == "exact"
+    assert key_id(pair.save(conversation)) == key_id(first)
+    pair.tomato.peers.forget("sprout")
+    try:
+        after = pair.save(conversation)
+        assert key_id(after) != key_id(first)
+        with pytest.raises(SnapshotRefused, match="not wrapped for that reader"):
+            pair.resume(after.snapshot)
+    finally:
+        pair.tomato.trust(pair.sprout)
+    # Trusted again, it is given the key when it asks.
+    assert pair.resume(after.snapshot).how == "exact"
+
+
 def test_a_conversation_that_is_being_answered_is_not_replaced(pair: Pair) -> None:
     conversation = new("busy")
     pair.ask("tomato", conversation, QUESTION)

@@ -17,6 +17,7 @@ from broker.base import Broker
 from broker.child import spawn
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
+from protocol.identity import Identity
 from protocol.messages import NodeNow, NodeSleep, NodeState, NodeWake, PresenceHeard, PresenceHeardAsk
 from services.presence.suspend import SuspendClock
 from tests.services.presence.conftest import Ahead, StartPresence, Voice
@@ -277,3 +278,23 @@ def test_another_node_of_its_name_is_noticed(watcher: Watcher, start_presence: S
     with Bus(url=watcher.bus.url, node="tomato", client="impostor") as bus:
         bus.say(NodeState(state="ready", time_us=0, fingerprint="ed25519:another"))
         wait_for(lambda: watcher.events_of("tomato", "node-name-taken"), "nobody is told")
+
+
+def test_sealing_keys_are_announced_and_those_of_trusted_nodes_kept(
+    watcher: Watcher, start_presence: StartPresence
+) -> None:
+    presence = start_presence()
+    peers, own = presence.context.peers, presence.context.identity
+    wait_for(lambda: watcher.node_state("tomato") == "ready", "not ready")
+    wait_for(lambda: watcher.nodes["tomato"].sealing_key == own.sealing_key, "its sealing key is not announced")
+    sprout, mars = Identity.generate("sprout"), Identity.generate("mars")
+    peers.trust("sprout", sprout.fingerprint)
+    for identity, announced in ((mars, mars), (sprout, mars), (sprout, sprout)):
+        # The last one alone is of a trusted node, and signed by it.
+        with Bus(url=watcher.bus.url, node=identity.node, client="presence") as bus:
+            bus.say(NodeState("ready", 0, identity.fingerprint, sealing_key=announced.sealing_key))
+    wait_for(lambda: "sprout" in peers.keyring().sealing_keys, "the sealing key of a peer is not kept")
+    assert peers.keyring().sealing_keys == {
+        "tomato": own.sealing.public_key,
+        "sprout": sprout.sealing.public_key,
+    }
