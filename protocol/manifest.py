@@ -6,7 +6,7 @@ of their common prefix. Token ids are always inside, sealed as what they are the
 by reading again.
 
 Bytes are canonical msgpack: maps sorted by their keys, no key twice, every number and length in its shortest form,
-floats of 64 bits, no extension types. What is not is refused, so no two readers can see two things in one signature.
+floats of 64 bits. What is not is refused, so no two readers can see two things in one signature.
 """
 
 from __future__ import annotations
