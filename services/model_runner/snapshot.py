@@ -162,6 +162,16 @@ def copy(
     )
 
 
+def layers_of(copied: Copied) -> list[LayerState]:
+    """A copied cache as whole layers, copied once more: for the self-test of a codec (``codecs.ladder.choose``), before
+    it is sealed."""
+    assembly = Assembly(copied.spec, _layouts(copied.spec, len(copied.tokens) - 1))
+    for part in copied.parts:
+        if part.place.kind != "logits":
+            assembly.put(part.place, part.raw.data)
+    return assembly.layers()
+
+
 def seal(
     copied: Copied, put: Put, codec: Codec | None = None, certificate: Certificate | None = None
 ) -> SnapshotManifest:

@@ -37,7 +37,9 @@ from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.sampling import SamplingSettings
 from services.model_runner.snapshot import (
     Packed,
+    copy,
     extra_of,
+    layers_of,
     pack,
     read,
     recompute,
@@ -224,6 +226,15 @@ def test_who_takes_a_lossy_codec_gets_its_cache_and_is_told(engine: Transformers
     for there, here in zip(found.layers, own, strict=True):
         np.testing.assert_array_equal(there.keys, here.keys)
         np.testing.assert_array_equal(there.values, here.values)
+
+
+def test_a_copied_cache_can_be_looked_at_as_layers_before_it_is_sealed(engine: TransformersEngine) -> None:
+    state = started(engine, LONG[:600], 3)
+    copied = copy(engine, state, conversation="talk", creator="tomato", key=KEY)
+    for there, here in zip(layers_of(copied), engine.export_layers(state.cache), strict=True):
+        assert (there.kind, there.seen_tokens) == (here.kind, here.seen_tokens)
+        for one, other in zip(there.planes, here.planes, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_block_that_was_encoded_wrong_is_refused_by_its_place(engine: TransformersEngine) -> None:
