@@ -80,39 +80,17 @@ class ModelDigests(msgspec.Struct, frozen=True):
     """Of the adapters that are on the weights, in the order in which they were put there."""
 
 
-class Fidelity(msgspec.Struct, frozen=True):
-    """How close the next-token distributions after the decoded KV are to those after the exact one."""
-
-    mean_kl: float
-    """Mean Kullback-Leibler divergence in nats, exact against decoded."""
-    top1: float
-    """Share of positions whose likeliest token is the same."""
-    tokens: int
-    """Positions compared, the last of the context."""
-    took_s: float
-
-
-class UsualFidelity(msgspec.Struct, frozen=True):
-    """What a codec does as a rule."""
-
-    mean_kl: float
-    top1: float
-    ratio: float
-    """Size against 16 bits a number."""
-    measured_on: str
-    """In words."""
-
-
 class Certificate(msgspec.Struct, frozen=True):
-    """What its creator knows of how faithful a snapshot is that is not exact."""
+    """How faithful a snapshot is that is not exact: its decoded KV against the KV that it was made from."""
 
-    measured: Fidelity | None
-    """On this very state; nil when the context was too short, or cannot be read again."""
-    usual: UsualFidelity | None
-    """Of the codec, not of this state."""
-    encode_s: float
-    decode_s: float
-    """Seconds that the creator took for the whole state; ``decode_s`` is 0 when nothing was measured."""
+    tested_tokens: int
+    """Positions, the last of the context, whose next-token distributions were compared."""
+    mean_kl: float | None
+    """Mean Kullback-Leibler divergence in nats, from the exact distribution to the decoded one."""
+    top1: float | None
+    """Share of these positions whose likeliest token is the same."""
+    measured: list[str]
+    """Which of these figures were measured on this snapshot; any other is the codec's usual one."""
 
 
 class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):

@@ -180,11 +180,13 @@ def _fidelity(manifest: SnapshotManifest) -> str:
     found = manifest.certificate
     if found is None:
         return "exact" if manifest.codec.name in ("raw", "lossless") else "no certificate"
-    figures = found.measured or found.usual
-    if figures is None:
-        return "nothing measured"
-    source = f"measured over {found.measured.tokens:,} tokens" if found.measured else "the codec's usual, not measured"
-    return f"mean KL {figures.mean_kl:.4f} nats, top-1 agreement {figures.top1:.3f} ({source})"
+    figures = [("mean KL {:.4f} nats", "mean_kl", found.mean_kl), ("top-1 agreement {:.3f}", "top1", found.top1)]
+    said = [
+        text.format(value) + (" (measured)" if name in found.measured else " (the codec's usual)")
+        for text, name, value in figures
+        if value is not None
+    ]
+    return f"{', '.join(said) or 'nothing measured'} over {found.tested_tokens:,} tokens"
 
 
 def _step(proven: Proven) -> dict[str, Any]:

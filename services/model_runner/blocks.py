@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,7 @@ from protocol.identity import digest
 from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, LayerLayout, Part, PartPlace, held_in_block
 from protocol.manifest import SnapshotManifest
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
-from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane
-from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
 
@@ -40,31 +37,11 @@ class RawPart(NamedTuple):
     """All of it, as the raw codec has it."""
 
 
-def codec_ref(codec: Codec) -> CodecRef:
-    """How a manifest names a codec."""
-    params = dict(codec.params())
-    return CodecRef(codec.name, params.pop("version"), params)
-
-
-def codec_of(ref: CodecRef, basis: Basis | None = None) -> Codec:
-    """The codec that a manifest names. Raises SnapshotRefused for one that this node has not."""
-    return find_codec(ref.name, {"version": ref.version, **ref.params}, basis)
-
-
-def part_layout(spec: ModelSpec, layout: BlockLayout, kind: str) -> BlockLayout:
-    """What a part of ``kind`` holds of a block: the layers of other kinds have nothing in it."""
-    layers = tuple(
-        layer if own.kind == kind else layer._replace(tokens=0)
-        for own, layer in zip(spec.layers, layout.layers, strict=True)
-    )
-    return replace(layout, layers=layers)
-
-
 def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[BlockLayout]) -> memoryview:
     """A part's bytes, to be sealed. ``blocks`` are those of the whole snapshot (``codecs.base.block_layouts``)."""
     if codec.name == RAW.name or part.place.kind not in KINDS:
         return part.raw.data
-    layout = part_layout(spec, blocks[part.place.block], part.place.kind)
+    layout = blocks[part.place.block].of_kind(spec, part.place.kind)
     dtype = STORAGE_DTYPES[layout.dtype]
     offset = 0
     planes = []
@@ -196,7 +173,7 @@ class Assembly:
         for layout, (keys, values) in zip(self._layouts, self._planes, strict=True):
             start, stop = _rows(layout, place.block) if layout.kind == place.kind else (0, 0)
             planes.append(Plane(keys[:, start:stop], values[:, start:stop]))
-        codec.decode(data, part_layout(self._spec, blocks[place.block], place.kind), planes)
+        codec.decode(data, blocks[place.block].of_kind(self._spec, place.kind), planes)
 
     def layers(self) -> list[LayerState]:
         """What was put together."""

@@ -47,13 +47,12 @@ from services.model_runner.blocks import (
     RawPart,
     blocks_of,
     chunks_of_parts,
-    codec_of,
-    codec_ref,
     cut,
     encode_part,
     open_part,
     seal_part,
 )
+from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import Codec, block_layouts
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.raw import Raw
@@ -180,7 +179,7 @@ def seal(
     ``codec`` is ``raw`` when none is given; ``certificate`` says how faithful one is that is not exact.
     """
     codec = codec or Raw()
-    ref = codec_ref(codec)
+    ref = codec.ref
     spec, key = copied.spec, copied.key
     cached = len(copied.tokens) - 1
     tokens = np.asarray(copied.tokens, dtype="<u4").tobytes()
@@ -290,7 +289,7 @@ def why_not_exact(
             if here != there:
                 return f"other {name}: {_brief(there)} there, {_brief(here)} here"
     try:
-        exact = codec_of(manifest.codec, basis).exact
+        exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:
         return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
     return "" if exact or lossy else f"codec {manifest.codec.name} is not exact"
@@ -338,7 +337,7 @@ def read(
     reason = from_tokens or why_not_exact(engine, manifest, lossy=lossy, basis=basis)
     if reason:
         return Read(tokens, sampler, progress, [], None, reason)
-    codec = codec_of(manifest.codec, basis)
+    codec = find_codec(manifest.codec, basis)
     layers, logits = _read_layers(engine, manifest, private, key, chunks, codec)
     return Read(tokens, sampler, progress, layers, logits, "", codec.exact)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from protocol.manifest import CodecRef
+from protocol.layout import CodecRef
 from services.model_runner.codecs.base import Codec, refused
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.int8 import Int8

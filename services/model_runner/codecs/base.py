@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.errors import SnapshotRefused
-from protocol.manifest import BLOCK_TOKENS, CodecRef
+from protocol.layout import BLOCK_TOKENS, CodecRef
 from services.model_runner.engine import DTYPE_BYTES, STORAGE_DTYPES, LayerState, ModelSpec
 
 MOST_EXACT = 255
