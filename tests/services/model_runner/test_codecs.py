@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import SnapshotRefused
-from protocol.manifest import RAW, CodecRef, ModelDigests
+from protocol.layout import RAW, CodecRef
+from protocol.manifest import ModelDigests
 from services.model_runner.codecs import RUNGS, codec
 from services.model_runner.codecs.base import (
     BLOCK_TOKENS,
