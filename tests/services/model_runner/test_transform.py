@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import ModelUnavailable, SnapshotRefused
-from protocol.manifest import CodecRef
+from protocol.layout import CodecRef
 from services.model_runner.codecs import RUNGS, basis_digest, codec
 from services.model_runner.codecs.base import Plane, Reader, block_layouts, block_planes, number, to_floats
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis, BasisFile, read_basis, write_basis
