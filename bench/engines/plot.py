@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 from bench.report import Figures
 from protocol.errors import NotFound
 
-_WIDTH, _HEIGHT = 760, 440
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 176, 64, 56
+_WIDTH, _HEIGHT = 800, 440
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 216, 64, 56
 _NAMES = {
     "torch_stock": "transformers, stock",
     "torch": "transformers, ours",
@@ -20,13 +20,14 @@ _DASHES = {"torch_stock": "6 4", "onnx_int4": "2 4"}
 _STYLE = """
   .page { fill: #ffffff; } .text { fill: #1f2328; } .quiet { fill: #59636e; } .grid { stroke: #d8dee4; }
   .axis { stroke: #8c959f; } text { font: 13px system-ui, sans-serif; } .title { font-size: 16px; font-weight: 600; }
-  .torch_stock { --c: #6e7781; } .torch { --c: #0969da; } .onnx_int8 { --c: #1a7f37; } .onnx_int4 { --c: #bc4c00; }
-  .line { fill: none; stroke: var(--c); stroke-width: 2.5; }
-  .dot { fill: var(--c); } .label { fill: var(--c); font-weight: 600; }
+  .torch_stock { color: #6e7781; } .torch { color: #0969da; }
+  .onnx_int8 { color: #1a7f37; } .onnx_int4 { color: #bc4c00; }
+  .line { fill: none; stroke: currentColor; stroke-width: 2.5; }
+  .dot { fill: currentColor; } .label { fill: currentColor; font-weight: 600; }
   @media (prefers-color-scheme: dark) {
     .page { fill: #0d1117; } .text { fill: #f0f6fc; } .quiet { fill: #9198a1; } .grid { stroke: #2f3742; }
-    .axis { stroke: #656c76; } .torch_stock { --c: #9198a1; } .torch { --c: #4493f8; } .onnx_int8 { --c: #3fb950; }
-    .onnx_int4 { --c: #f0883e; }
+    .axis { stroke: #656c76; } .torch_stock { color: #9198a1; } .torch { color: #4493f8; }
+    .onnx_int8 { color: #3fb950; } .onnx_int4 { color: #f0883e; }
   }
 """
 

@@ -226,12 +226,13 @@ def test_a_kept_beginning_is_shared_and_a_longer_conversations_is_read_again(loa
     keys = chunk_keys(TOKENS[:300], engine.chunk_tokens)
     cache = engine.new_cache(600)
     engine.prefill(cache, TOKENS[:256])
-    prefixes.keep(keys[0], cache, 2**30)
+    whole = 256 // engine.chunk_tokens
+    prefixes.keep(keys[whole - 1], cache, 2**30)
     engine.prefill(cache, TOKENS[256:300])
     found = prefixes.fork(keys, 0, 600)
     assert found is not None
     shared, chunks = found
-    assert (shared.length, chunks) == (256, 1)
+    assert (shared.length, chunks) == (256, whole)
     engine.prefill(shared, TOKENS[256:300])
     np.testing.assert_array_equal(engine.step(shared, 7), engine.step(cache, 7))
 
