@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.identity import digest
-from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, LayerLayout, Part, PartPlace, held_in_block
+from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, Part, PartPlace
 from protocol.manifest import SnapshotManifest
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
-from services.model_runner.codecs.base import BlockLayout, Codec, Plane
+from services.model_runner.codecs.base import BlockLayout, Codec, Plane, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
 
@@ -53,36 +54,19 @@ def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[B
     return memoryview(codec.encode(planes, layout, recent_in(layout, seen_tokens))).cast("B")
 
 
-def cut(layers: Sequence[LayerState], layouts: Sequence[LayerLayout], cached_tokens: int) -> list[RawPart]:
+def cut(spec: ModelSpec, layers: Sequence[LayerState], cached_tokens: int) -> list[RawPart]:
     """Copies of all that ``layers`` hold, in the order of a manifest's parts; the layers may change from then on."""
     parts = []
-    for place in _places(cached_tokens):
-        found = [
-            (layer, *_rows(layout, place.block))
-            for layer, layout in zip(layers, layouts, strict=True)
-            if layout.kind == place.kind
-        ]
-        # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
-        planes = [plane[:, start:stop] for layer, start, stop in found for plane in (layer.keys, layer.values)]
-        if any(plane.size for plane in planes):
-            parts.append(RawPart(place, _joined(planes)))
+    for number, block in enumerate(block_layouts(spec, cached_tokens)):
+        for kind in KINDS:
+            # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
+            planes = [array for plane in block_planes(layers, block.of_kind(spec, kind)) for array in plane]
+            if any(array.size for array in planes):
+                parts.append(RawPart(PartPlace(kind, number), _joined(planes)))
     states = [state for layer in layers for state in layer.states]
     if states:
         parts.append(RawPart(PartPlace("recurrent", -(-cached_tokens // BLOCK_TOKENS) - 1), _joined(states)))
     return parts
-
-
-def _places(cached_tokens: int) -> Iterator[PartPlace]:
-    for block in range(-(-cached_tokens // BLOCK_TOKENS)):
-        for kind in KINDS:
-            yield PartPlace(kind, block)
-
-
-def _rows(layout: LayerLayout, block: int) -> tuple[int, int]:
-    """Where the positions of ``block`` lie among those that a layer holds."""
-    first_held = layout.seen_tokens - layout.tokens
-    start, stop = held_in_block(layout, block)
-    return start - first_held, stop - first_held
 
 
 def _joined(planes: Sequence[Array]) -> npt.NDArray[np.uint8]:
@@ -134,55 +118,33 @@ def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]]) -> li
 
 
 class Assembly:
-    """Layers that are being put together from parts.
+    """Layers of ``spec`` after ``seen_tokens`` positions that are being put together from parts."""
 
-    Args:
-        spec: of the model; ``layouts`` and ``cached_tokens`` must be its own.
-    """
-
-    def __init__(self, spec: ModelSpec, layouts: Sequence[LayerLayout]) -> None:
+    def __init__(self, spec: ModelSpec, seen_tokens: int) -> None:
         self._spec = spec
-        self._layouts = layouts
-        dtype = STORAGE_DTYPES[spec.dtype]
-        self._planes = [
-            [np.empty((layout.kv_heads, layout.tokens, layout.head_dim), dtype) for _ in range(2)] for layout in layouts
-        ]
-        self._states: list[list[Array]] = [[] for _ in layouts]
+        self._blocks = block_layouts(spec, seen_tokens)
+        self._layers = empty_layers(spec, seen_tokens)
 
-    def put(self, place: PartPlace, data: memoryview) -> None:
-        """Take in the plaintext of a part, of its raw size."""
+    def decode(self, place: PartPlace, data: memoryview, codec: Codec) -> None:
+        """Take in what ``codec`` made of a part; states are always raw, and of their size. Raises SnapshotRefused."""
+        if place.kind == "recurrent":
+            self._take_states(data)
+        else:
+            layout = self._blocks[place.block].of_kind(self._spec, place.kind)
+            codec.decode(data, layout, block_planes(self._layers, layout))
+
+    def _take_states(self, data: memoryview) -> None:
         offset = 0
-        for index, layout in enumerate(self._layouts):
-            if place.kind == "recurrent":
-                for state in self._spec.layers[index].states:
-                    array, offset = _array(data, offset, state.shape, STORAGE_DTYPES[state.dtype])
-                    self._states[index].append(array.copy())
-            elif layout.kind == place.kind:
-                start, stop = _rows(layout, place.block)
-                shape = (layout.kv_heads, stop - start, layout.head_dim)
-                for plane in self._planes[index]:
-                    array, offset = _array(data, offset, shape, plane.dtype)
-                    plane[:, start:stop] = array
-
-    def decode(self, place: PartPlace, data: memoryview, codec: Codec, blocks: Sequence[BlockLayout]) -> None:
-        """Take in what a codec made of a part. Raises SnapshotRefused."""
-        if codec.name == RAW.name or place.kind not in KINDS:
-            self.put(place, data)
-            return
-        planes = []
-        for layout, (keys, values) in zip(self._layouts, self._planes, strict=True):
-            start, stop = _rows(layout, place.block) if layout.kind == place.kind else (0, 0)
-            planes.append(Plane(keys[:, start:stop], values[:, start:stop]))
-        codec.decode(data, blocks[place.block].of_kind(self._spec, place.kind), planes)
+        for index, own in enumerate(self._spec.layers):
+            states = []
+            for state in own.states:
+                array, offset = _array(data, offset, state.shape, STORAGE_DTYPES[state.dtype])
+                states.append(array.copy())
+            self._layers[index] = replace(self._layers[index], states=tuple(states))
 
     def layers(self) -> list[LayerState]:
         """What was put together."""
-        return [
-            LayerState(own.kind, self._spec.dtype, keys, values, layout.seen_tokens, tuple(states))
-            for own, layout, (keys, values), states in zip(
-                self._spec.layers, self._layouts, self._planes, self._states, strict=True
-            )
-        ]
+        return self._layers
 
 
 def _array(data: memoryview, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, int]:

@@ -134,7 +134,7 @@ def copy(
             reason="prefill not finished",
         )
     cached = len(state.tokens) - 1
-    parts = cut(engine.export_layers(state.cache), _layouts(engine.spec, cached), cached)
+    parts = cut(engine.spec, engine.export_layers(state.cache), cached)
     if logits is not None:
         plane = np.ascontiguousarray(logits, dtype="<f4").view(np.uint8)
         parts.append(RawPart(PartPlace("logits", -(-cached // BLOCK_TOKENS) - 1), plane))
@@ -164,10 +164,10 @@ def copy(
 def layers_of(copied: Copied) -> list[LayerState]:
     """A copied cache as whole layers, copied once more: for the self-test of a codec (``codecs.ladder.choose``), before
     it is sealed."""
-    assembly = Assembly(copied.spec, _layouts(copied.spec, len(copied.tokens) - 1))
+    assembly = Assembly(copied.spec, len(copied.tokens) - 1)
     for part in copied.parts:
         if part.place.kind != "logits":
-            assembly.put(part.place, part.raw.data)
+            assembly.decode(part.place, part.raw.data, Raw())
     return assembly.layers()
 
 
@@ -444,8 +444,7 @@ def _read_layers(
             manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
         )
     addresses = private.address_list()
-    blocks = block_layouts(spec, manifest.cached_tokens)
-    assembly = Assembly(spec, layouts)
+    assembly = Assembly(spec, manifest.cached_tokens)
     logits: npt.NDArray[np.float32] | None = None
     buffer = memoryview(bytearray(max((part.encoded_bytes for _, part in manifest.parts()), default=0)))
     for place, part, own in chunks_of_parts(manifest):
@@ -455,7 +454,7 @@ def _read_layers(
             if place.kind == "logits":
                 logits = np.frombuffer(data, "<f4").copy()
             else:
-                assembly.decode(place, data, codec, blocks)
+                assembly.decode(place, data, codec)
         except SnapshotRefused as error:
             raise refused(manifest, f"blocks[{place.block}].{place.kind}", error.reason) from error
     layers = assembly.layers()

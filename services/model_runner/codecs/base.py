@@ -97,6 +97,21 @@ def block_layouts(spec: ModelSpec, seen_tokens: int) -> list[BlockLayout]:
     return found
 
 
+def empty_layers(
+    spec: ModelSpec, seen_tokens: int, states: Sequence[tuple[Array, ...]] | None = None
+) -> list[LayerState]:
+    """Layers of that length, not filled; ``states`` are those of each layer, which no block holds."""
+    dtype = STORAGE_DTYPES[spec.dtype]
+    found = []
+    for at, layer in enumerate(spec.layers):
+        shape = (layer.kv_heads, layer.held_tokens(seen_tokens), layer.head_dim)
+        own = states[at] if states else ()
+        found.append(
+            LayerState(layer.kind, spec.dtype, np.empty(shape, dtype), np.empty(shape, dtype), seen_tokens, own)
+        )
+    return found
+
+
 def block_planes(layers: Sequence[LayerState], layout: BlockLayout) -> list[Plane]:
     """Views of ``layers`` that hold the block of ``layout``: to encode them, or to decode into them."""
     planes = []

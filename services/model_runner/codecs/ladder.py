@@ -18,11 +18,11 @@ import numpy as np
 
 from protocol import manifest
 from services.model_runner.codecs import RUNGS
-from services.model_runner.codecs.base import Array, Codec, block_layouts, block_planes
+from services.model_runner.codecs.base import Array, Codec, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.codecs.transform import Transform
-from services.model_runner.engine import STORAGE_DTYPES, Engine, LayerSpec, LayerState, ModelSpec
+from services.model_runner.engine import Engine, LayerSpec, LayerState, ModelSpec
 
 TEST_TOKENS = 128
 
@@ -149,21 +149,6 @@ def decode_blocks(
     for _ in each(codec.decode, blocks, layouts, into):
         pass
     return whole
-
-
-def empty_layers(
-    spec: ModelSpec, seen_tokens: int, states: Sequence[tuple[Array, ...]] | None = None
-) -> list[LayerState]:
-    """Layers of that length, not filled."""
-    dtype = STORAGE_DTYPES[spec.dtype]
-    found = []
-    for at, layer in enumerate(spec.layers):
-        shape = (layer.kv_heads, layer.held_tokens(seen_tokens), layer.head_dim)
-        own = states[at] if states else ()
-        found.append(
-            LayerState(layer.kind, spec.dtype, np.empty(shape, dtype), np.empty(shape, dtype), seen_tokens, own)
-        )
-    return found
 
 
 def fidelity(
