@@ -92,6 +92,14 @@ def list_models(json: JsonOption = False) -> None:
     print_table(("", "model", "state", "size", "licence", "where, or how to get it"), rows)
 
 
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Of the weights: int8, int4, fp16 or fp32.", metavar="PRECISION")
+]
+ProviderOption = Annotated[
+    str, typer.Option("--provider", help="cpu or cuda. Default: cuda for fp16, else cpu.", metavar="PROVIDER")
+]
+
+
 @app.command()
 def pull(
     what: Annotated[
@@ -175,12 +183,8 @@ def prepare(
 @app.command()
 def build(
     name: Annotated[str, typer.Argument(help="A known model or a folder with safetensors. Default: model.name.")] = "",
-    precision: Annotated[
-        str, typer.Option("--precision", help="Of the weights: int8, int4, fp16 or fp32.", metavar="PRECISION")
-    ] = "int8",
-    provider: Annotated[
-        str, typer.Option("--provider", help="cpu or cuda. Default: cuda for fp16, else cpu.", metavar="PROVIDER")
-    ] = "",
+    precision: PrecisionOption = "int8",
+    provider: ProviderOption = "",
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare it with its source; unchecked it is no default.")
     ] = True,
@@ -218,12 +222,8 @@ def build(
 def fetch(
     name: Annotated[str, typer.Argument(help="The model. Default: model.name.")] = "",
     holder: Annotated[str, typer.Option("--from", help="Node that has built it.", metavar="NODE")] = "",
-    precision: Annotated[
-        str, typer.Option("--precision", help="Of the weights: int8, int4, fp16 or fp32.", metavar="PRECISION")
-    ] = "int8",
-    provider: Annotated[
-        str, typer.Option("--provider", help="cpu or cuda. Default: cuda for fp16, else cpu.", metavar="PROVIDER")
-    ] = "",
+    precision: PrecisionOption = "int8",
+    provider: ProviderOption = "",
     json: JsonOption = False,
 ) -> None:
     """Fetch a built model from another node, over the bus.

@@ -32,7 +32,8 @@ from protocol.manifest import (
     seal_manifest,
     verify_chunk,
 )
-from protocol.sealing import DataKey, unwrap_key, wrap_key
+from protocol.sealing import DataKey, wrap_key
+from protocol.sharing import key_of
 from services.model_runner import snapshot
 from services.model_runner.engine import Engine
 
@@ -216,7 +217,7 @@ class Parking:
                 chunks = [file.read(ref.size_bytes) for ref in manifest.chunks]
             for index, (ref, chunk) in enumerate(zip(manifest.chunks, chunks, strict=True)):
                 verify_chunk(ref, chunk, index=index)
-            key = unwrap_key(signed.wraps, manifest.key_id, [self._identity.sealing], self._keyring)
+            key = key_of(signed, manifest, self._identity, self._keyring)
             private = open_private(manifest, key)
             return Fetched(manifest, private, key, snapshot.read(self._engine, manifest, private, key, chunks))
         finally:
