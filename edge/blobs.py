@@ -1,4 +1,4 @@
-"""Snapshots on disk and on the way: content-addressed chunks, pulled by the receiver, verified one by one.
+"""Snapshots on the way: content-addressed chunks, pulled by the receiver, verified one by one.
 
 Built models go the same way (edge/model_share.py, edge/model_fetch.py), out of and into files of their own.
 
@@ -10,27 +10,20 @@ manifest and stored before it counts, so a cut transfer goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
-import os
-import re
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
 from edge.bus import Bus
-from edge.files import storage_errors, write_atomically
+from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
-from protocol.errors import UNREADABLE, AskExpired, BadSignature, BlobError, MindstreamError, NotFound, Overloaded
+from protocol.errors import AskExpired, BadSignature, BlobError, MindstreamError, Overloaded
 from protocol.ids import uuid7
 from protocol.layout import ChunkRef
-from protocol.manifest import SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
+from protocol.manifest import SnapshotManifest, verify_chunk
 from protocol.messages import BlobChunk, BlobPull, BlobPulling
 
 log = logging.getLogger(__name__)
@@ -44,8 +37,6 @@ MAX_QUEUED = 4096
 MAX_BAD = 3
 """So often may one chunk come damaged before its holder's copy is held to be."""
 PULL_TTL_MS = 10_000
-SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
-_DAMAGED: tuple[type[Exception], ...] = (BlobError, *UNREADABLE)
 
 
 class Chunked(Protocol):
@@ -78,190 +69,6 @@ class ChunkTarget(Protocol):
 
 class Held(Chunked, ChunkSource, Protocol):
     """Something else than a snapshot that a node holds, chunk by chunk."""
-
-
-class SnapshotStore:
-    """Signed manifests and their chunks in a folder. Whole or not there: the manifest is written last.
-
-    Args:
-        folder: made when absent.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._manifests = folder / "manifests"
-        self._chunks = folder / "chunks"
-        with storage_errors(f"making the snapshot folder {folder}"):
-            self._manifests.mkdir(parents=True, exist_ok=True)
-            self._chunks.mkdir(parents=True, exist_ok=True)
-
-    def save(
-        self, signed: SignedManifest, refs: Sequence[ChunkRef], chunks: Sequence[bytes | bytearray | memoryview]
-    ) -> str:
-        """Write chunks, then the manifest, each synced to disk; the snapshot's id. Raises StorageError."""
-        for ref, chunk in zip(refs, chunks, strict=True):
-            self.put_chunk(ref, chunk)
-        return self.put_manifest(signed)
-
-    def put_manifest(self, signed: SignedManifest) -> str:
-        """Write a manifest whose chunks are all here; its id. Raises StorageError."""
-        identifier = snapshot_id(signed)
-        write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
-        return identifier
-
-    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview) -> None:
-        """Write one chunk unless it is here, whole. Raises StorageError."""
-        # Compared, not only looked for: what was damaged on the disk is healed by saving or fetching it again.
-        if self.chunk(ref) != data:
-            write_atomically(self._chunk_path(ref), data)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """While chunks are put whose manifest is still to come, so that ``remove`` takes none of them away."""
-        with self._locked(fcntl.LOCK_SH):
-            yield
-
-    @contextlib.contextmanager
-    def _locked(self, how: int) -> Iterator[None]:
-        with storage_errors(f"locking {self._folder}"):
-            descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, how)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def identifiers(self) -> list[str]:
-        """Of every snapshot here, the newest file first. Raises StorageError."""
-        with storage_errors(f"looking into {self._manifests}"):
-            found = [path for path in self._manifests.iterdir() if SNAPSHOT_ID.fullmatch(path.name)]
-            return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
-
-    def find(self, prefix: str) -> str:
-        """The id of the one snapshot that begins so. Raises NotFound, or BlobError when several do."""
-        found = [each for each in self.identifiers() if each.startswith(prefix.lower())]
-        if not found:
-            raise NotFound(
-                f"looking for snapshot {prefix[:64]}: this node does not hold it",
-                hint="`mindstream snapshot list` shows those that it holds",
-                field="snapshot",
-            )
-        if len(found) > 1:
-            raise BlobError(
-                f"looking for snapshot {prefix[:64]}: {len(found)} begin so: {', '.join(i[:16] for i in found[:4])}",
-                hint="give more digits",
-                field="snapshot",
-                reason="ambiguous",
-            )
-        return found[0]
-
-    def remove(self, identifier: str) -> int:
-        """Remove a snapshot, and those of its chunks that no other has; the bytes that came free.
-
-        Raises NotFound; BlobError while snapshots are being written; StorageError.
-        """
-        try:
-            with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
-                return self._remove(identifier)
-        except BlockingIOError:
-            raise BlobError(
-                f"removing snapshot {identifier[:12]}: a snapshot is being saved or fetched",
-                hint="try again in a moment",
-                reason="in use",
-            ) from None
-
-    def _remove(self, identifier: str) -> int:
-        own = self._chunk_sizes(identifier)
-        others = [other for other in self.identifiers() if other != identifier]
-        shared = set().union(*(self._chunk_sizes(other) for other in others))
-        freed_bytes = 0
-        with storage_errors(f"removing snapshot {identifier[:12]}"):
-            (self._manifests / identifier).unlink()  # first: a snapshot without its manifest is none
-            for name in own.keys() - shared:
-                with contextlib.suppress(FileNotFoundError):
-                    (self._chunks / name).unlink()
-                    freed_bytes += own[name]
-        return freed_bytes
-
-    def _chunk_sizes(self, identifier: str) -> dict[str, int]:
-        """Names and sizes of a snapshot's chunks; of a damaged manifest none. Raises NotFound."""
-        try:
-            manifest = msgspec.msgpack.decode(self.manifest(identifier).manifest, type=SnapshotManifest)
-            return {ref.digest.hex(): ref.size_bytes for ref in manifest.chunks}
-        except _DAMAGED as error:
-            log.warning("the chunks of snapshot %s are not known: %s", identifier[:12], error)
-            return {}
-
-    def manifest(self, identifier: str) -> SignedManifest:
-        """The signed manifest of a snapshot. Raises NotFound, or BlobError when the file is damaged."""
-        path = self._manifests / identifier
-        if not SNAPSHOT_ID.fullmatch(identifier) or not path.exists():
-            raise NotFound(
-                f"looking for snapshot {identifier[:64]}: this node does not hold it",
-                hint="it may have been removed; save it again where the conversation lives",
-                field="snapshot",
-            )
-        with storage_errors(f"reading {path}"):
-            body = path.read_bytes()
-        try:
-            signed = msgspec.msgpack.decode(body, type=SignedManifest)
-        except UNREADABLE as error:
-            raise BlobError(f"reading the manifest {path}: {error}", hint="remove it and save again") from None
-        if snapshot_id(signed) != identifier:
-            raise BlobError(f"reading the manifest {path}: its content is not what its name says", hint="remove it")
-        return signed
-
-    def has(self, ref: ChunkRef) -> bool:
-        """Whether a chunk is here, in its full size; its content is verified when it is used."""
-        try:
-            return self._chunk_path(ref).stat().st_size == ref.size_bytes
-        except OSError:
-            return False
-
-    def chunk(self, ref: ChunkRef) -> bytes | None:
-        """A chunk's bytes, not verified; None when it is not here. Raises StorageError."""
-        path = self._chunk_path(ref)
-        with storage_errors(f"reading {path}"):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
-
-    def chunks(self, manifest: SnapshotManifest) -> list[bytes]:
-        """All chunks of a manifest, verified.
-
-        Raises BlobError when some are missing or damaged; the damaged ones are removed, to be fetched again.
-        """
-        found = [self.verified_chunk(ref, index) for index, ref in enumerate(manifest.chunks)]
-        missing = sum(data is None for data in found)
-        if missing:
-            raise BlobError(
-                f"reading a snapshot of {manifest.conversation}: {missing} of its {len(found)} chunks are missing or"
-                " were damaged on the disk",
-                hint="fetch it from another node, or save the conversation again",
-                reason="chunks missing",
-            )
-        return [data for data in found if data is not None]
-
-    def verified_chunk(self, ref: ChunkRef, index: int) -> bytes | None:
-        """A chunk's bytes; None when it is not here, or was damaged, and is removed now. Raises StorageError."""
-        data = self.chunk(ref)
-        if data is not None:
-            try:
-                verify_chunk(ref, data, index=index)
-            except BadSignature as error:
-                log.error("%s is damaged on the disk and removed: %s", self._chunk_path(ref), error)
-                self.drop_chunk(ref)
-                return None
-        return data
-
-    def drop_chunk(self, ref: ChunkRef) -> None:
-        """Remove a chunk that is damaged, so that it is fetched again."""
-        with contextlib.suppress(OSError):
-            self._chunk_path(ref).unlink()
-
-    def _chunk_path(self, ref: ChunkRef) -> Path:
-        return self._chunks / ref.digest.hex()
 
 
 def _bits(indexes: set[int], count: int) -> bytes:

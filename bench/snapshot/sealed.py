@@ -20,7 +20,7 @@ import msgspec
 from bench.mutations import Mutator, Reader, Sent
 from bench.report import Figures, Progress
 from bench.snapshot.texts import measured_texts
-from edge.blobs import SnapshotStore
+from edge.snapshot_store import SnapshotStore
 from protocol.identity import Identity, Keyring, digest
 from protocol.manifest import SnapshotManifest, open_private, seal_manifest, snapshot_id, verify_chunk
 from protocol.provenance import add_statement

@@ -11,7 +11,7 @@ import typer
 from edge.cli.context import EXIT_FAILED, JsonOption, load, print_json
 
 if TYPE_CHECKING:
-    from edge.blobs import SnapshotStore
+    from edge.snapshot_store import SnapshotStore
     from protocol.identity import Identity, Keyring
     from protocol.manifest import SnapshotManifest
     from protocol.provenance import Proven
@@ -23,8 +23,8 @@ IdArgument = Annotated[str, typer.Argument(help="The snapshot's id, or as many o
 
 
 def _open() -> tuple[SnapshotStore, Identity, Keyring]:
-    from edge.blobs import SnapshotStore
     from edge.keys import Peers, load_or_create_identity
+    from edge.snapshot_store import SnapshotStore
 
     config = load()
     folder = config.node.folder()

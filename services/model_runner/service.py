@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from edge.answers import remaining_ms
-from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
+from edge.blobs import BlobReceiver, BlobSender
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.model_registry import default_cache_folder
@@ -24,6 +24,7 @@ from edge.model_share import BuiltShelf
 from edge.models import Hold
 from edge.power import Meter, find_meter, visible_gpu
 from edge.service import Context, Service, hears
+from edge.snapshot_store import SnapshotStore
 from edge.thermal import Thermometer
 from protocol.codec import Received
 from protocol.errors import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edge.blobs import SnapshotStore
 from edge.keys import load_or_create_identity
+from edge.snapshot_store import SnapshotStore
 from protocol.sealing import wrap_key
 from tests.support.snapshots import KEY, Small, small_snapshot
 

@@ -9,10 +9,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
+from edge.blobs import BlobReceiver, BlobSender
 from edge.bus import Bus, Deferred
 from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
+from edge.snapshot_store import SnapshotStore
 from protocol.errors import BlobError
 from protocol.identity import Keyring
 from protocol.manifest import open_manifest

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from edge import blobs as blobs_module
-from edge.blobs import BlobReceiver, BlobSender, SnapshotStore
+from edge.blobs import BlobReceiver, BlobSender
 from edge.bus import Bus
+from edge.snapshot_store import SnapshotStore
 from protocol.errors import BadSignature, BlobError, NotFound, Overloaded, UnknownPeer
 from protocol.identity import Identity, Keyring, digest
 from protocol.layout import RAW, Block, ChunkRef, LayerLayout, Part

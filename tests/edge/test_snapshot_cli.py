@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from edge.blobs import SnapshotStore
 from edge.keys import Peers, load_or_create_identity
+from edge.snapshot_store import SnapshotStore
 from protocol.identity import Identity
 from protocol.provenance import add_statement
 from protocol.sealing import wrap_key

@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: make in
 
 from broker.embedded import EmbeddedBroker
 from edge import model_fetch
-from edge.blobs import BlobSender, SnapshotStore
+from edge.blobs import BlobSender
 from edge.bus import Bus
 from edge.config import ModelConfig, load_config
 from edge.keys import Peers, load_or_create_identity
@@ -33,6 +33,7 @@ from edge.model_fetch import Fetched, PartialModel, fetch
 from edge.model_registry import ModelFile, read_record
 from edge.model_share import BuiltFolder, BuiltShelf
 from edge.service import Context
+from edge.snapshot_store import SnapshotStore
 from protocol.built_manifest import BuiltFile, BuiltManifest, SignedBuiltManifest, open_built, seal_built
 from protocol.errors import (
     BadSignature,
