@@ -1,60 +1,67 @@
-"""`mindstream bench snapshot`: how small, faithful and fast snapshots are, against raw KV of 16 bits a number."""
+"""`mindstream bench snapshot`: how small, faithful and fast snapshots are, against raw KV of 16 bits a number.
+
+A part is a module of this package with a function ``part(bench: Bench) -> Figures``, and a row of ``PARTS``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import importlib
+import time
+import traceback
 
 from bench.report import Figures, Progress, machine, silent, versions
-from bench.snapshot import codecs, sealed
-from protocol.errors import ConfigError
-from services.model_runner.chat import ChatFormat
-from services.model_runner.transformers_engine import TransformersEngine
+from bench.snapshot.frame import Bench as Bench
+from bench.snapshot.frame import Options as Options
+from bench.snapshot.wanted import rows as wanted_rows
+from protocol.errors import ConfigError, MindstreamError
 
-PARTS = ("codecs", "sealed")
-"""Each can be measured alone."""
+__all__ = ["PARTS", "Bench", "Options", "run", "wanted_rows"]
 
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure, and on which model."""
-
-    folder: Path
-    """A model folder with safetensors weights."""
-    bases: Path
-    """Where a model's basis is kept between runs."""
-    device: str = "cpu"
-    dtype: str = "auto"
-    threads: int = 0
-    """0 is torch's own choice."""
-    parts: Sequence[str] = PARTS
-    quick: bool = False
-    """Short texts: shows that it works, and its figures are no measurement."""
+PARTS: dict[str, tuple[str, ...]] = {
+    "exact": ("exact_token_match", "exact_logit_match"),
+    "codecs": (
+        "lossless_ratio",
+        "near_lossless_ratio",
+        "kl_at_near_lossless",
+        "top1_at_near_lossless",
+        "ratio_at_5pct",
+        "basis_mb",
+    ),
+    "sealed": ("encode_restore_s_per_gb",),
+    "mutations": ("mutations", "mutations_refused"),
+}
+"""In this order; each can be measured alone, and the figures of ``wanted.WANTED`` that it owes are null when it
+fails."""
 
 
 def run(options: Options, progress: Progress = silent) -> Figures:
-    """Measure, telling ``progress`` a line now and then. Raises what the model runner raises."""
+    """Measure, telling ``progress`` a line now and then.
+
+    A part that fails says so, and the others are measured all the same: ``failed_parts`` names it with the reason.
+
+    Raises ConfigError for a part that is none, and ModelUnavailable.
+    """
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         raise ConfigError(f"{unknown[0]!r} is none of {', '.join(PARTS)}", field="--only", reason="unknown part")
-    progress(f"loading {options.folder.name}")
-    engine = TransformersEngine.load(
-        options.folder, device=options.device, dtype=options.dtype, threads=options.threads
-    )
-    chat = ChatFormat.load(options.folder)
+    bench = Bench(options, progress)
+    engine = bench.engine
     figures: Figures = {"model": engine.spec.name, "dtype": engine.spec.dtype, "threads": engine.fingerprint.threads}
-    if "codecs" in options.parts:
-        # A quick one is poor: it must not be taken for the model's in a later run.
-        keep = options.bases / f"{engine.spec.name}{'-quick' if options.quick else ''}.basis"
-        basis = codecs.basis_of(engine, chat, keep, progress, 3 if options.quick else 99)
-        sizes = {"prefix_tokens": 96, "continuation_tokens": 32, "most_texts": 2} if options.quick else {}
-        figures |= codecs.measure(engine, chat, basis, progress, **sizes)
-        figures |= codecs.long_figures(engine, chat, basis, progress, 300 if options.quick else codecs.LONG_TOKENS)
-    if "sealed" in options.parts:
-        sizes = {"tokens": 300, "mutations": 100} if options.quick else {}
-        figures |= sealed.measure(engine, chat, progress, **sizes)
+    failed: list[str] = []
+    for name in options.parts or PARTS:
+        started_s = time.monotonic()
+        progress(f"part {name}")
+        try:
+            figures |= importlib.import_module(f"bench.snapshot.{name}").part(bench)
+        except Exception as error:  # noqa: BLE001 - the other parts' figures are worth having
+            if not isinstance(error, MindstreamError):
+                progress(traceback.format_exc().rstrip())
+            failed.append(f"{name}: {error or type(error).__name__}")
+            progress(f"part {failed[-1]}")
+            figures |= dict.fromkeys(each for each in PARTS[name] if each not in figures)
+        progress(f"part {name} took {time.monotonic() - started_s:.0f} s")
     return figures | {
+        "failed_parts": "; ".join(failed),
         "machine": machine(),
         "versions": versions("torch", "transformers", "numpy", "zstandard", "cryptography", "blake3"),
         "baseline": "keys and values at 16 bits a number; perplexity after the exact cache, same engine and schedule",

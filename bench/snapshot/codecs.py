@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.report import Figures, Progress
+from bench.snapshot.frame import Bench
 from bench.snapshot.texts import measured_texts
 from protocol.errors import MindstreamError
 from services.model_runner.chat import ChatFormat
@@ -65,6 +66,14 @@ class _Text:
     continuation: list[int]
     layers: list[LayerState]
     exact: Logits
+
+
+def part(bench: Bench) -> Figures:
+    """Of every rung on files, and how long each takes to decode a long context."""
+    engine, chat, progress = bench.engine, bench.chat, bench.progress
+    sizes = {"prefix_tokens": 96, "continuation_tokens": 32, "most_texts": 2} if bench.quick else {}
+    figures = measure(engine, chat, bench.basis, progress, **sizes)
+    return figures | long_figures(engine, chat, bench.basis, progress, 300 if bench.quick else LONG_TOKENS)
 
 
 def basis_of(engine: Engine, chat: ChatFormat, keep: Path, progress: Progress, most_texts: int = 99) -> Basis:

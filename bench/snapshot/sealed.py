@@ -1,4 +1,4 @@
-"""Snapshots as they are kept and sent: encoded, encrypted, addressed by content, and back; and hostile ones.
+"""Snapshots as they are kept and sent: encoded, encrypted, addressed by content, and back.
 
 Every figure is of the whole way that the model runner goes: the cache copied out of the engine, encoded, sealed; then
 every chunk's digest checked, opened, decoded, and taken in by the engine. One thread, in memory but for the figures of
@@ -10,43 +10,41 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from bench.mutations import Mutator, Reader, Sent
 from bench.report import Figures, Progress
+from bench.snapshot.frame import Bench, read_state
 from bench.snapshot.texts import measured_texts
 from edge.snapshot_store import SnapshotStore
-from protocol.identity import Identity, Keyring, digest
-from protocol.manifest import SnapshotManifest, open_private, seal_manifest, snapshot_id, verify_chunk
-from protocol.provenance import add_statement
-from protocol.sealing import DataKey, wrap_key
+from protocol.identity import Identity
+from protocol.manifest import SnapshotManifest, open_private, seal_manifest, verify_chunk
+from protocol.sealing import DataKey
 from services.model_runner import snapshot
 from services.model_runner.chat import ChatFormat
 from services.model_runner.codecs import RUNGS
 from services.model_runner.codecs.base import Codec
 from services.model_runner.engine import Engine
-from services.model_runner.generation import GenerationState, begin
+from services.model_runner.generation import GenerationState
 
 TOKENS = 4_096
 ROUNDS = 5
-MUTATIONS = 12_000
-MUTATED_TOKENS = 520
-"""Three blocks, of which the last is short."""
 
 T = TypeVar("T")
 
 
-def measure(
-    engine: Engine, chat: ChatFormat, progress: Progress, *, tokens: int = TOKENS, mutations: int = MUTATIONS
-) -> Figures:
-    """Seconds a gigabyte of 16-bit KV by each rung that needs no basis, and whether ``mutations`` are refused."""
+def part(bench: Bench) -> Figures:
+    """Of the whole way, by each rung that needs no basis."""
+    return measure(bench.engine, bench.chat, bench.progress, tokens=300 if bench.quick else TOKENS)
+
+
+def measure(engine: Engine, chat: ChatFormat, progress: Progress, *, tokens: int = TOKENS) -> Figures:
+    """Seconds a gigabyte of 16-bit KV by each rung that needs no basis."""
     corpus = chat.encode("\n\n".join(measured_texts().values()), special=False)
-    state = _read(engine, corpus[: tokens + 1])
+    state = read_state(engine, corpus[: tokens + 1])
     figures: Figures = {"sealed_tokens": len(state.tokens) - 1}
     try:
         for name, rung in RUNGS.items():
@@ -59,18 +57,7 @@ def measure(
         figures |= _store(engine, state)
     finally:
         state.cache.close()
-    small = _read(engine, corpus[: MUTATED_TOKENS + 1])
-    try:
-        figures |= _mutations(engine, small, mutations, progress)
-    finally:
-        small.cache.close()
     return figures
-
-
-def _read(engine: Engine, tokens: list[int]) -> GenerationState:
-    state = begin(engine, tokens)
-    engine.prefill(state.cache, tokens[:-1])
-    return state
 
 
 def _gigabytes(engine: Engine, state: GenerationState) -> float:
@@ -124,42 +111,6 @@ def _store(engine: Engine, state: GenerationState) -> Figures:
         "store_save_s_per_gb": round(save_s / gigabytes, 2),
         "store_save_again_s_per_gb": round(again_s / gigabytes, 2),
         "store_load_s_per_gb": round(load_s / gigabytes, 2),
-    }
-
-
-def _mutations(engine: Engine, state: GenerationState, count: int, progress: Progress) -> Figures:
-    """How many of ``count`` mutations of a real snapshot are refused, and the most memory that one took."""
-    tomato, sprout = Identity.generate("tomato"), Identity.generate("sprout")
-    keyring = Keyring({each.node: each.fingerprint for each in (tomato, sprout)})
-    key = DataKey.generate()
-
-    def sent(state: GenerationState, key: DataKey) -> Sent:
-        packed = snapshot.pack(engine, state, conversation="bench", creator="tomato", key=key)
-        signed = seal_manifest(tomato, packed.manifest)
-        signed.wraps = [wrap_key(tomato, key, "sprout", sprout.sealing.public_key)]
-        signed.provenance = add_statement(tomato, [], digest(signed.manifest), "created")
-        return Sent(snapshot_id(signed), msgspec.msgpack.encode(signed), [bytes(each) for each in packed.chunks])
-
-    genuine = sent(state, key)
-    longer = _read(engine, [*state.tokens, *state.tokens[:20]])
-    others = [sent(longer, key), sent(state, DataKey.generate())]
-    longer.cache.close()
-    reader = Reader(sprout, keyring)
-    for each in (genuine, *others):
-        reader.take(each)  # it is for their changes that they are refused
-    mutator = Mutator(genuine, others, reader)
-    tracemalloc.start()
-    try:
-        outcomes = [mutator.outcome(seed) for seed in range(count)]
-    finally:
-        tracemalloc.stop()
-    refused, peak_bytes = sum(each.refused for each in outcomes), max(each.peak_bytes for each in outcomes)
-    progress(f"{refused:,} of {count:,} mutations refused, at most {peak_bytes / 1e3:.0f} kB allocated for one")
-    return {
-        "mutations": count,
-        "mutations_refused": refused,
-        "mutation_peak_kb": round(peak_bytes / 1e3, 1),
-        "mutated_snapshot_mb": round(sum(map(len, genuine.chunks)) / 1e6, 2),
     }
 
 

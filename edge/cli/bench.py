@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from edge.cli.context import load, print_table
+from edge.cli.context import EXIT_FAILED, load, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,13 @@ def bench(
     if json is not None:
         _write(json, figures)
     if json != Path("-"):
+        if name == "snapshot":
+            wanted = [[key, _shown(value), *rest] for key, value, *rest in module.wanted_rows(figures)]
+            print_table(("figure", name, "wanted", "met"), wanted)
         print_table(("figure", name), [[key, _shown(value)] for key, value in figures.items()])
+    if figures.get("failed_parts"):
+        print(f"error: not all was measured: {figures['failed_parts']}", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:

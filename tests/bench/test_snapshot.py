@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
 
-from bench.snapshot import Options, codecs, run
+from bench.snapshot import PARTS, Options, codecs, run, sealed, wanted_rows
 from bench.snapshot.texts import measured_texts
+from bench.snapshot.wanted import WANTED
 from protocol.errors import ConfigError
 from services.model_runner.codecs.texts import calibration_texts
 
@@ -20,7 +21,7 @@ RUNGS = ("raw", "lossless", "int8", "rotated4", "transform_near", "transform_sma
 
 @pytest.mark.slow
 def test_every_rung_is_measured_on_files(tiny_model: Path, tmp_path: Path) -> None:
-    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, quick=True))
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["codecs"], quick=True))
     for rung in RUNGS:
         for key in ("ratio", "exact", "dppl_pct", "dppl_worst_pct", "kl", "top1", "encode_restore_s_per_gb"):
             assert figures[f"{rung}_{key}"] is not None
@@ -37,12 +38,12 @@ def test_every_rung_is_measured_on_files(tiny_model: Path, tmp_path: Path) -> No
     # The basis is kept, and read again.
     (kept,) = tmp_path.iterdir()
     before = kept.read_bytes()
-    run(Options(tiny_model, tmp_path, device="cpu", threads=1, quick=True))
+    run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["codecs"], quick=True))
     assert kept.read_bytes() == before
 
 
 def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: Path, tmp_path: Path) -> None:
-    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed"], quick=True))
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed", "mutations"], quick=True))
     for key in ("encode_restore_s_per_gb", "store_save_s_per_gb", "store_load_s_per_gb", "int8_sealed_encode_s_per_gb"):
         assert float(figures[key] or 0) > 0
     assert figures["mutations"] == figures["mutations_refused"] == 100
@@ -50,8 +51,56 @@ def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: P
 
 
 def test_parts_have_names(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of codecs, sealed"):
+    with pytest.raises(ConfigError, match="none of exact, codecs, sealed"):
         run(Options(tiny_model, tmp_path, parts=["speed"]))
+
+
+@pytest.mark.slow
+def test_a_saved_conversation_goes_on_exactly_in_another_process(tiny_model: Path, tmp_path: Path) -> None:
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["exact"], quick=True))
+    assert (figures["exact_token_match"], figures["exact_logit_match"], figures["exact_restored"]) == (1, 1, 1)
+
+
+def test_a_part_that_fails_says_so_and_the_others_are_measured(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_bench: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sealed, "part", fail)
+    said: list[str] = []
+    options = Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed", "mutations"], quick=True)
+    figures = run(options, said.append)
+    assert figures["failed_parts"] == "sealed: the disk is full"
+    assert figures["encode_restore_s_per_gb"] is None
+    assert figures["mutations_refused"] == figures["mutations"]
+    assert "part sealed: the disk is full" in said
+
+
+def test_every_figure_that_is_wanted_is_owed_by_one_part_at_most() -> None:
+    owed = [figure for figures in PARTS.values() for figure in figures]
+    assert len(owed) == len(set(owed))
+    assert set(owed) <= WANTED.keys()
+
+
+def test_wanted_figures_are_held_against_their_bounds() -> None:
+    figures: dict[str, float | int | str | None] = {
+        "lossless_ratio": 1.39,
+        "encode_restore_s_per_gb": 1.9,
+        "ratio_at_5pct": None,
+        "mutations": 20_000,
+        "mutations_refused": 19_999,
+        "variant_kl": 0.1,
+        "another": 1.0,
+    }
+    assert wanted_rows(figures) == [
+        ["lossless_ratio", 1.39, "at least 1.4, goal 1.5", "NO"],
+        ["ratio_at_5pct", None, "at least 18", ""],
+        ["encode_restore_s_per_gb", 1.9, "at most 2", "yes"],
+        ["mutations", 20_000, "at least 10,000", "yes"],
+        ["mutations_refused", 19_999, "all of mutations", "NO"],
+        ["variant_kl", 0.1, "", ""],
+    ]
 
 
 def test_no_text_is_both_measured_and_calibrated_on() -> None:
