@@ -13,10 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-import msgspec
-
-from edge.answers import remaining_ms
-from edge.blobs import BlobReceiver, BlobSender
+from edge.blobs import BlobSender
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.model_registry import default_cache_folder
@@ -28,47 +25,36 @@ from edge.snapshot_store import SnapshotStore
 from edge.thermal import Thermometer
 from protocol.codec import Received
 from protocol.errors import (
-    AskExpired,
-    BlobError,
-    MalformedMessage,
     MindstreamError,
-    ModelError,
-    SnapshotRefused,
-    TrustError,
     from_wire,
 )
-from protocol.identity import digest
-from protocol.manifest import PrivatePart, SignedManifest, SnapshotManifest, open_manifest, seal_manifest
+from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest
 from protocol.messages import (
     BlobPull,
     BlobPulling,
-    ChatMessage,
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
     ModelEmbed,
     ModelGenerate,
     ModelResume,
-    ModelResumed,
     ModelSnapshot,
     RunDone,
     RunToken,
-    SnapshotAnnounce,
     SnapshotManifestAsk,
-    SnapshotSaved,
 )
-from protocol.provenance import add_statement
-from protocol.sealing import DataKey
-from protocol.sharing import Opened, known_to_others, open_snapshot, share, wrap_for_all
-from services.model_runner import engines, snapshot
+from protocol.sharing import share
+from services.model_runner import engines
 from services.model_runner.answers import Run
-from services.model_runner.conversations import CONVERSATIONS, Conversation, Conversations, Evicted
+from services.model_runner.conversations import CONVERSATIONS, Conversations, Evicted
 from services.model_runner.embedding import Embeddings
 from services.model_runner.engine import Engine
 from services.model_runner.heat import HeatWatch
 from services.model_runner.memory import MIB, free_memory, kv_budget
 from services.model_runner.parking import Parking
+from services.model_runner.resuming import Resuming
 from services.model_runner.rounds import Loaded, Rounds
+from services.model_runner.saving import Saving
 from services.model_runner.saying import Sayer
 from services.model_runner.worker import Worker
 
@@ -109,9 +95,8 @@ class ModelRunner(Service):
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
-        self._fetchers = ThreadPoolExecutor(2, "snapshot fetcher")
-        # One: each holds a copy of a KV cache until it is on the disk.
-        self._savers = ThreadPoolExecutor(1, "snapshot saver")
+        self.saving = Saving(self.context, self.bus, self.worker, self.store)
+        self.resuming = Resuming(self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
     def started(self) -> None:
@@ -125,8 +110,8 @@ class ModelRunner(Service):
         self.worker.stop()
         self.sayer.stop()
         self.embeddings.stop()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
-        self._savers.shutdown(wait=False, cancel_futures=True)
+        self.resuming.stop()
+        self.saving.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.blob_bus.stop()
@@ -329,78 +314,19 @@ class ModelRunner(Service):
         """Make vectors of texts, on a thread of its own: no token waits for it."""
         return _deferred(self.embeddings.embed(message.data))
 
-    # --- saving ---------------------------------------------------------------------------------------------
+    # --- snapshots ------------------------------------------------------------------------------------------
 
     @hears(ModelSnapshot)
     def save(self, message: Received) -> Deferred:
         """Save a conversation, between two tokens if it is being answered; answered when it is on disk."""
-        name = message.data.conversation
-        started_s = time.monotonic()
+        return _deferred(self.saving.save(message.data))
 
-        def write() -> SnapshotSaved:
-            # Copied between two tokens, sealed and written while the next ones are already being generated.
-            conversation, copied = self.worker.between_tokens(lambda loaded: self._copy(loaded, name)).result()
-            if self._must_change_key(copied):
-                conversation.key = DataKey.generate()
-                copied = copied._replace(key=conversation.key)
-                log.info("%s is sealed with another key from now on: not all that have the last one are trusted", name)
-            with self.store.writing():
-                manifest = snapshot.seal(copied, self.store.put_chunk)
-                signed = self._sign(manifest, copied.key)
-                identifier = self.store.put_manifest(signed)
-            conversation.parent = bytes.fromhex(identifier)
-            size_bytes = manifest.total_bytes + len(signed.manifest)
-            model, tokens = manifest.model, manifest.cached_tokens + 1
-            try:
-                self.bus.say(SnapshotAnnounce(identifier, name, model, tokens, size_bytes), timeout_s=5.0)
-            except MindstreamError as error:
-                # It is on the disk all the same, and the asker is told its id.
-                self.bus.counters.add("dropped.announce")
-                log.warning("snapshot %s could not be announced: %s", identifier[:12], error)
-            return SnapshotSaved(identifier, name, model, tokens, size_bytes, (time.monotonic() - started_s) * 1000)
-
-        return _deferred(self._savers.submit(write))
-
-    def _copy(self, loaded: Loaded, name: str) -> tuple[Conversation, snapshot.Copied]:
-        """Copy a conversation, on the worker's thread."""
-        conversation = loaded.conversations.get(name)
-        state = conversation.state
-        if not state.prefilled:
-            snapshot.recompute(loaded.engine, state)
-        messages = conversation.messages
-        if name in self.worker.running and len(state.tokens) > conversation.turn_start:
-            # In the middle of an answer: what has been said of it belongs to the history, wherever it goes on.
-            if messages and messages[-1].role == "assistant":
-                messages = messages[:-1]
-            said = loaded.chat.decode(state.tokens[conversation.turn_start :])
-            messages = [*messages, ChatMessage("assistant", said)]
-        return conversation, snapshot.copy(
-            loaded.engine,
-            state,
-            conversation=name,
-            creator=self.node,
-            key=conversation.key,
-            extra=msgspec.to_builtins(_Extra(messages, conversation.turn_start)),
-            parent=conversation.parent,
-        )
-
-    def _sign(self, manifest: SnapshotManifest, key: DataKey) -> SignedManifest:
-        """A manifest signed, its key wrapped for this node and for all that it trusts, its provenance begun."""
-        identity = self.context.identity
-        signed = seal_manifest(identity, manifest)
-        signed.wraps = wrap_for_all(identity, key, self.context.peers.keyring())
-        signed.provenance = add_statement(identity, [], digest(signed.manifest), "created")
-        return signed
-
-    def _must_change_key(self, copied: snapshot.Copied) -> bool:
-        """Whether somebody may have the conversation's key whom this node does not trust (any more)."""
-        if not copied.parent:
-            return False  # nothing was sealed with it that others have seen
-        try:
-            parent = self.store.manifest(copied.parent.hex())
-        except MindstreamError:
-            return True  # who has it stood there
-        return known_to_others(parent, copied.key.id, self.context.peers.keyring())
+    @hears(ModelResume)
+    def resume(self, message: Received) -> Deferred:
+        """Fetch a snapshot and make a conversation of it; answered when its next token can be generated."""
+        if self.worker.unavailable is not None:
+            raise self.worker.unavailable.with_traceback(None)
+        return _deferred(self.resuming.resume(message))
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:
@@ -428,154 +354,6 @@ class ModelRunner(Service):
 
     def _open_stored(self, identifier: str) -> SnapshotManifest:
         return open_manifest(self.store.manifest(identifier), self.context.peers.keyring())
-
-    # --- resuming -------------------------------------------------------------------------------------------
-
-    @hears(ModelResume)
-    def resume(self, message: Received) -> Deferred:
-        """Fetch a snapshot and make a conversation of it; answered when its next token can be generated."""
-        if self.worker.unavailable is not None:
-            raise self.worker.unavailable.with_traceback(None)
-        return _deferred(self._fetchers.submit(self._resume, message))
-
-    def _resume(self, message: Received) -> ModelResumed:
-        ask: ModelResume = message.data
-        started_s = time.monotonic()
-        signed = self._fetch_manifest(ask, remaining_ms(message))
-        opened = open_snapshot(signed, ask.snapshot, self.context.identity, self.context.peers.keyring())
-        manifest = opened.manifest
-        name = ask.conversation or manifest.conversation
-        # The engine may still be loading: wait for it on its own thread before anything is fetched.
-        engine, reason = self.worker.between_tokens(lambda loaded: self._examine(loaded, opened, name)).result()
-        fetched_bytes = len(signed.manifest)
-        chunks: list[bytes] = []
-        if not reason:
-            with self.store.writing():
-                chunks, chunks_bytes = self._fetch(ask, manifest)
-                if ask.holder != self.node:
-                    self.store.put_manifest(self._moved(signed, ask))
-            fetched_bytes += chunks_bytes
-        transferred_s = time.monotonic()
-        found = self._read(engine, opened, chunks)
-        resumed = self.worker.between_tokens(
-            lambda loaded: self._restore(loaded, opened, name, found, ask.snapshot)
-        ).result()
-        return ModelResumed(
-            conversation=name,
-            how=resumed.how,
-            reason=resumed.reason,
-            tokens=manifest.cached_tokens + 1,
-            size_bytes=fetched_bytes,
-            transfer_ms=(transferred_s - started_s) * 1000,
-            restore_ms=(time.monotonic() - transferred_s) * 1000,
-        )
-
-    def _moved(self, signed: SignedManifest, ask: ModelResume) -> SignedManifest:
-        """As this node keeps it: with what the node here says of its way."""
-        snapshot_digest = bytes.fromhex(ask.snapshot)
-        try:
-            chain = add_statement(
-                self.context.identity, signed.provenance, snapshot_digest, "moved", {"from": ask.holder}
-            )
-        except MalformedMessage as error:
-            self.bus.counters.add("dropped.statement")
-            log.warning("snapshot %s: %s", ask.snapshot[:12], error)
-            return signed
-        return msgspec.structs.replace(signed, provenance=chain)
-
-    def _read(self, engine: Engine, opened: Opened, chunks: list[bytes]) -> snapshot.Read:
-        """What the chunks hold, or, where they do not hold what they should, the tokens to read again."""
-        manifest, private, key, _ = opened
-        try:
-            return snapshot.read(engine, manifest, private, key, chunks)
-        except SnapshotRefused as error:
-            self.bus.counters.add("refused.snapshot_kv")
-            self.bus.events.report("refused-snapshot-kv", "warning", str(error))
-            return snapshot.read(engine, manifest, private, key, [], from_tokens=f"{error.field}: {error.reason}")
-
-    def _examine(self, loaded: Loaded, opened: Opened, name: str) -> tuple[Engine, str]:
-        """The engine, and why the KV cannot be used and the tokens must be read again; empty when it can.
-
-        Raises SnapshotRefused.
-        """
-        refused = snapshot.refusal(loaded.engine, opened.manifest, opened.private)
-        if refused is not None:
-            raise refused
-        self._check_not_running(name)
-        return loaded.engine, snapshot.why_not_exact(loaded.engine, opened.manifest)
-
-    def _check_not_running(self, name: str) -> None:
-        if name in self.worker.running:
-            raise ModelError(
-                f"resuming conversation {name!r}: one of that name is being answered here",
-                hint="wait for its end, cancel it, or give the resumed one another name",
-                field="conversation",
-                reason="busy",
-            )
-
-    def _fetch_manifest(self, ask: ModelResume, asker_waits_ms: int) -> SignedManifest:
-        """The manifest, from this node's disk or from its holder. Raises BlobError when that is silent."""
-        if ask.holder == self.node:
-            return self.store.manifest(ask.snapshot)
-        ttl_ms = max(1, min(MANIFEST_TTL_MS, asker_waits_ms - ANSWER_MARGIN_MS))
-        try:
-            signed: SignedManifest = self.bus.ask(
-                ask.holder, SnapshotManifestAsk(ask.snapshot, self.context.identity.sealing_key), ttl_ms=ttl_ms
-            )
-        except AskExpired as error:
-            raise BlobError(
-                f"fetching snapshot {ask.snapshot[:12]}: {ask.holder} has not answered in {ttl_ms / 1000:g} s",
-                hint="is that its name, and is its model runner up? `mindstream status` shows who is there",
-                field="holder",
-                reason="holder silent",
-            ) from error
-        return signed
-
-    def _fetch(self, ask: ModelResume, manifest: SnapshotManifest) -> tuple[list[bytes], int]:
-        """Every chunk, verified, and the bytes that crossed the bus for them.
-
-        Chunks that were damaged on this node's disk are fetched once more. Raises BlobError.
-        """
-        if ask.holder == self.node:
-            return self.store.chunks(manifest), 0
-        receiver = BlobReceiver(self.bus, self.blob_bus, self.store, should_stop=self.stopping)
-        fetched = receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
-        try:
-            return self.store.chunks(manifest), fetched
-        except (BlobError, TrustError) as error:
-            self.bus.counters.add("blob.damaged")
-            self.bus.events.report("damaged-chunk", "warning", f"fetched once more from {ask.holder}: {error}")
-        fetched += receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
-        return self.store.chunks(manifest), fetched
-
-    def _restore(
-        self, loaded: Loaded, opened: Opened, name: str, found: snapshot.Read, identifier: str
-    ) -> snapshot.Unpacked:
-        self._check_not_running(name)  # a run may have begun while the chunks were on their way
-        messages, turn_start = _extra(opened.manifest, opened.private)
-        resumed = snapshot.restore(loaded.engine, found)
-        if resumed.how != "exact":
-            snapshot.recompute(loaded.engine, resumed.state)
-        parent = bytes.fromhex(identifier)
-        conversation = Conversation(name, resumed.state, messages, turn_start, key=opened.key, parent=parent)
-        loaded.conversations.save(loaded.conversations.hold(conversation))
-        return resumed
-
-
-class _Extra(msgspec.Struct):
-    """What the runner keeps with a generation state in a snapshot."""
-
-    messages: list[ChatMessage]
-    turn_start: int
-
-
-def _extra(manifest: SnapshotManifest, private: PrivatePart) -> tuple[list[ChatMessage], int]:
-    """Messages and start of the present answer. Raises SnapshotRefused when they are not what we wrote."""
-    try:
-        extra = msgspec.convert(snapshot.extra_of(manifest, private), _Extra)
-    except msgspec.ValidationError as error:
-        raise SnapshotRefused(f"resuming {manifest.conversation!r}: its messages: {error}", field="state") from None
-    return extra.messages, max(0, min(extra.turn_start, manifest.cached_tokens + 1))
 
 
 def _deferred(work: Future[Any]) -> Deferred:
