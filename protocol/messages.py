@@ -425,13 +425,56 @@ class ModelEmbedded(msgspec.Struct):
     """Indexes of the texts that were longer than the model reads: of these only the beginning counts."""
 
 
-class ModelSnapshot(msgspec.Struct):
+Label = Annotated[str, Meta(max_length=200)]
+CodecName = Literal["auto", "raw", "lossless", "int8", "rotated4", "transform", "tokens"]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class SnapshotWishes(msgspec.Struct, omit_defaults=True):
+    """How a snapshot is to be encoded: how small, and how faithful."""
+
+    codec: CodecName = "raw"
+    """A rung; ``auto``: the strongest whose self-test meets the fidelity asked; ``tokens``: no KV, token ids alone."""
+    most_kl: Annotated[float, Meta(ge=0)] = 0.02
+    """Mean divergence, nats a token, that a rung which is not exact may have; a rung that has more is not taken."""
+    least_top1: Share = 0.94
+    """Share of tested positions whose likeliest token must be the same."""
+    prune: Annotated[str, Meta(max_length=200)] = ""
+    """Which positions are kept, such as ``last:512``, ``window:4,1000``, ``heavy:0.5``, ``anchors:0.5``; empty: all."""
+    budget_ratio: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    """So many times smaller than 16 bits a number, by pruning and codec together, whichever keeps most; 0: as above."""
+
+
+class ModelSnapshot(msgspec.Struct, omit_defaults=True):
     """Save a conversation's state; announced when it is on disk."""
 
     conversation: Name
+    label: Label = ""
+    """Names a checkpoint: the conversation can be restored from it, and branched, as ``conversation@label``."""
+    wishes: SnapshotWishes | None = None
+    """None: raw, exact, all of it."""
 
 
-class SnapshotSaved(msgspec.Struct):
+class SnapshotTranscode(msgspec.Struct, omit_defaults=True):
+    """Make another snapshot of one that is here: encoded otherwise, or pruned. The first stays."""
+
+    snapshot: SnapshotId
+    wishes: SnapshotWishes
+    label: Label = ""
+
+
+class SnapshotFidelity(msgspec.Struct, omit_defaults=True):
+    """How faithful a snapshot is that is not exact, as its certificate says."""
+
+    tested_tokens: int
+    mean_kl: float | None = None
+    """Nats a token."""
+    top1: float | None = None
+    measured: list[str] = []
+    """Which figures were measured on this snapshot; any other is the rung's usual one."""
+
+
+class SnapshotSaved(msgspec.Struct, omit_defaults=True):
     """A snapshot is on this node's disk, whole."""
 
     snapshot: str
@@ -441,19 +484,53 @@ class SnapshotSaved(msgspec.Struct):
     tokens: int
     size_bytes: int
     took_ms: float
+    codec: str = "raw"
+    """The rung that was taken."""
+    label: str = ""
+    kept_tokens: int = 0
+    """Positions whose KV is kept, where it was pruned."""
+    ratio: float = 0.0
+    """How many times smaller than 16 bits a number; 0 where there is no KV."""
+    fidelity: SnapshotFidelity | None = None
+    """None where it is exact."""
+    tried: list[str] = []
+    """Rungs that were tried before and why they were not taken, a line each."""
 
 
-class ModelResume(msgspec.Struct):
+class ModelResume(msgspec.Struct, omit_defaults=True):
     """Fetch a snapshot from a node and make a conversation of it."""
 
-    snapshot: SnapshotId
+    snapshot: Annotated[str, Meta(pattern=f"^([0-9a-f]{{64}})?{_END}")]
+    """Empty: the conversation ``source`` of the holder as it is now, which saves it as suits the way."""
     holder: Name
     """Node to pull it from; this node itself for a local one."""
     conversation: str = ""
-    """Name for the conversation here; empty: the one in the manifest."""
+    """Name for the conversation here; empty: the one in the manifest. Another name than there is a branch."""
+    source: str = ""
+    """The holder's conversation, where no snapshot is named; with ``@label``, its checkpoint of that name."""
+    way: Literal["auto", "chunks", "tokens"] = "auto"
+    """``chunks``: its KV wherever it can be used; ``tokens``: read again; ``auto``: what is predicted to be quicker."""
+    lossy: bool = False
+    """Whether KV will do that is not exact; how close it is its certificate says."""
+    most_kl: Annotated[float, Meta(ge=0)] = 0.02
+    least_top1: Share = 0.94
 
 
-class ModelResumed(msgspec.Struct):
+class HandoffOption(msgspec.Struct, omit_defaults=True):
+    """One way in which a conversation could have been taken over."""
+
+    way: str
+    """A rung's name, or ``tokens``."""
+    size_bytes: int
+    predicted_ms: float | None
+    """Until the next token can be generated; None where it was not possible."""
+    phases_ms: dict[str, float] = {}
+    """Predicted, by phase: ``save``, ``transfer``, ``decode``, ``prefill``."""
+    reason: str = ""
+    """Why it was not taken, or could not be; where the figures come from for the one that was."""
+
+
+class ModelResumed(msgspec.Struct, omit_defaults=True):
     """The conversation lives here now."""
 
     conversation: str
@@ -466,6 +543,93 @@ class ModelResumed(msgspec.Struct):
     size_bytes: int
     transfer_ms: float
     restore_ms: float
+    snapshot: str = ""
+    """That was resumed."""
+    way: str = ""
+    """A rung's name, or ``tokens``."""
+    options: list[HandoffOption] = []
+    """What was weighed against each other, the one that was taken first."""
+    phases_ms: dict[str, float] = {}
+    """What happened, by phase, as measured."""
+    logits: str = ""
+    """The first step against the logits in the snapshot: ``equal``, ``close`` or ``other``; empty: not compared."""
+    fidelity: SnapshotFidelity | None = None
+    """Of KV that is not exact."""
+
+
+class ModelStep(msgspec.Struct, omit_defaults=True):
+    """One step of a conversation, by hand: what could come next, after taking tokens, or going back."""
+
+    conversation: Name
+    take: Annotated[list[Count], Meta(max_length=4096)] = []
+    """Token ids to append, the first being what comes next."""
+    text: Annotated[str, Meta(max_length=64 * KIB)] = ""
+    """Text to append, where no tokens are given."""
+    back: Annotated[int, Meta(ge=0, le=4096)] = 0
+    """So many tokens are taken back first."""
+    top: Annotated[int, Meta(ge=1, le=100)] = 10
+
+
+class StepChoice(msgspec.Struct):
+    """One token that could come next."""
+
+    token: int
+    text: str
+    logprob: float
+    """Natural logarithm, before sampling settings."""
+
+
+class ModelStepped(msgspec.Struct, omit_defaults=True):
+    """Where the conversation stands now."""
+
+    conversation: str
+    tokens: int
+    """In it, the pending one included."""
+    text: str
+    """The end of it, at most 400 characters."""
+    choices: list[StepChoice]
+    """The likeliest first."""
+    entropy: float
+    """Of the next token's distribution, nats."""
+    sampled: int
+    """The token that its sampler would take."""
+    kept: int = 0
+    """So many tokens can be taken back."""
+
+
+class SnapshotMoment(msgspec.Struct, omit_defaults=True):
+    """One point of a conversation that it can return to."""
+
+    snapshot: str
+    time_us: int
+    tokens: int
+    """In the conversation then."""
+    label: str = ""
+    why: str = ""
+    """``asked``, or what made it a key moment."""
+    surprise: float | None = None
+    """0..1, a percentile of this conversation's own."""
+    salience: float | None = None
+    codec: str = ""
+    size_bytes: int = 0
+    own_bytes: int = 0
+    """Of it that no other snapshot here shares."""
+    text: str = ""
+    """What was being said, at most 200 characters."""
+    parent: str = ""
+
+
+class SnapshotTimelineAsk(msgspec.Struct):
+    """Ask for the points that a conversation can return to."""
+
+    conversation: Name
+
+
+class SnapshotTimeline(msgspec.Struct):
+    """The points that a conversation can return to, the oldest first."""
+
+    conversation: str
+    moments: Annotated[list[SnapshotMoment], Meta(max_length=1000)]
 
 
 class SnapshotAnnounce(msgspec.Struct):
@@ -660,7 +824,30 @@ _ROWS: tuple[MessageRow, ...] = (
         max_bytes=4 * KIB,
         ask=AskRow("model_runner", "snapshot", "snapshot.saved"),
     ),
+    _row(
+        "snapshot.transcode",
+        SnapshotTranscode,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "transcode", "snapshot.saved"),
+    ),
     _row("snapshot.saved", SnapshotSaved, topics.REPLY, max_bytes=8 * KIB),
+    _row(
+        "snapshot.timeline.ask",
+        SnapshotTimelineAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "timeline", "snapshot.timeline"),
+    ),
+    _row("snapshot.timeline", SnapshotTimeline, topics.REPLY),
+    _row(
+        "model.step",
+        ModelStep,
+        topics.ASK,
+        max_bytes=128 * KIB,
+        ask=AskRow("model_runner", "step", "model.stepped"),
+    ),
+    _row("model.stepped", ModelStepped, topics.REPLY, max_bytes=64 * KIB),
     _row(
         "model.resume",
         ModelResume,
@@ -668,7 +855,7 @@ _ROWS: tuple[MessageRow, ...] = (
         max_bytes=4 * KIB,
         ask=AskRow("model_runner", "resume", "model.resumed"),
     ),
-    _row("model.resumed", ModelResumed, topics.REPLY, max_bytes=8 * KIB),
+    _row("model.resumed", ModelResumed, topics.REPLY, max_bytes=32 * KIB),
     # snapshots and blobs
     _row("snapshot.announce", SnapshotAnnounce, topics.SNAPSHOT_ANNOUNCE),
     _row(

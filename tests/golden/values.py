@@ -37,6 +37,7 @@ from protocol.messages import (
     BlobPulling,
     ChatMessage,
     Event,
+    HandoffOption,
     HomeAssistantDevice,
     MemoryEntries,
     MemoryHave,
@@ -60,6 +61,8 @@ from protocol.messages import (
     ModelResume,
     ModelResumed,
     ModelSnapshot,
+    ModelStep,
+    ModelStepped,
     NodeNow,
     NodeSleep,
     NodeState,
@@ -71,9 +74,16 @@ from protocol.messages import (
     RunToken,
     ServiceState,
     SnapshotAnnounce,
+    SnapshotFidelity,
     SnapshotManifestAsk,
+    SnapshotMoment,
     SnapshotSaved,
+    SnapshotTimeline,
+    SnapshotTimelineAsk,
+    SnapshotTranscode,
+    SnapshotWishes,
     Speaker,
+    StepChoice,
     TokenChance,
     Usage,
 )
@@ -208,6 +218,7 @@ SIGNED_MANIFEST.wraps = [
 ]
 SIGNED_MANIFEST.provenance = add_statement(SPROUT, [], digest(SIGNED_MANIFEST.manifest), "created", time_us=TIME_US)
 SNAPSHOT = snapshot_id(SIGNED_MANIFEST)
+FIDELITY = SnapshotFidelity(tested_tokens=128, mean_kl=0.0035, top1=0.97, measured=["mean_kl", "top1"])
 
 BUILT_FILES = {"card.json": b"{}", "model.onnx": CHUNK}
 BUILT_MANIFEST = BuiltManifest(
@@ -385,7 +396,42 @@ VALUES: dict[str, msgspec.Struct] = {
         tokens=13,
         truncated=[1],
     ),
-    "model.snapshot": ModelSnapshot(conversation="garden"),
+    "model.snapshot": ModelSnapshot(
+        conversation="garden",
+        label="before the frost",
+        wishes=SnapshotWishes(codec="auto", most_kl=0.01, least_top1=0.95, prune="last:512", budget_ratio=10.0),
+    ),
+    "snapshot.transcode": SnapshotTranscode(snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small"),
+    "snapshot.timeline.ask": SnapshotTimelineAsk(conversation="garden"),
+    "snapshot.timeline": SnapshotTimeline(
+        conversation="garden",
+        moments=[
+            SnapshotMoment(
+                snapshot=SNAPSHOT,
+                time_us=TIME_US,
+                tokens=3,
+                label="before the frost",
+                why="entropy fell after a peak",
+                surprise=0.97,
+                salience=0.5,
+                codec="lossless",
+                size_bytes=len(CHUNK),
+                own_bytes=len(CHUNK),
+                text="under the pot",
+                parent=SNAPSHOT,
+            )
+        ],
+    ),
+    "model.step": ModelStep(conversation="garden", take=[260, 11], text="under", back=2, top=3),
+    "model.stepped": ModelStepped(
+        conversation="garden",
+        tokens=5,
+        text="The key is under",
+        choices=[StepChoice(token=260, text=" the", logprob=-0.125)],
+        entropy=0.75,
+        sampled=260,
+        kept=2,
+    ),
     "snapshot.saved": SnapshotSaved(
         snapshot=SNAPSHOT,
         conversation="garden",
@@ -393,8 +439,23 @@ VALUES: dict[str, msgspec.Struct] = {
         tokens=3,
         size_bytes=len(CHUNK),
         took_ms=12.5,
+        codec="int8",
+        label="before the frost",
+        kept_tokens=2,
+        ratio=1.94,
+        fidelity=FIDELITY,
+        tried=["rotated4: mean KL 0.0300 nats, 0.0100 at most"],
     ),
-    "model.resume": ModelResume(snapshot=SNAPSHOT, holder="sprout", conversation="garden-2"),
+    "model.resume": ModelResume(
+        snapshot=SNAPSHOT,
+        holder="sprout",
+        conversation="garden-2",
+        source="garden@before the frost",
+        way="chunks",
+        lossy=True,
+        most_kl=0.01,
+        least_top1=0.95,
+    ),
     "model.resumed": ModelResumed(
         conversation="garden-2",
         how="exact",
@@ -403,6 +464,21 @@ VALUES: dict[str, msgspec.Struct] = {
         size_bytes=len(CHUNK),
         transfer_ms=80.5,
         restore_ms=9.25,
+        snapshot=SNAPSHOT,
+        way="raw",
+        options=[
+            HandoffOption(
+                way="raw",
+                size_bytes=len(CHUNK),
+                predicted_ms=85.0,
+                phases_ms={"transfer": 75.0, "decode": 10.0},
+                reason="the quickest",
+            ),
+            HandoffOption(way="transform", size_bytes=0, predicted_ms=None, reason="not exact"),
+        ],
+        phases_ms={"transfer": 80.5, "decode": 9.25},
+        logits="equal",
+        fidelity=FIDELITY,
     ),
     # snapshots and blobs
     "snapshot.announce": SnapshotAnnounce(
