@@ -106,6 +106,7 @@ _WIRE_TYPES = {
     "Any": "any",
     "Name": "name",
     "SnapshotId": "text, 64 of 0-9 and a-f",
+    "MaybeSnapshotId": "text, empty or 64 of 0-9 and a-f",
     "Digest": "binary of 32 bytes",
     "Count": "integer ≥ 0",
     "msgspec.Raw": "any",

@@ -26,6 +26,7 @@ _END = r"$(?!\n)"
 """The end of a text. Python's ``$`` alone also stands before a last line feed, JSON Schema's does not."""
 Name = Annotated[str, Meta(pattern=f"^{NAME_PATTERN.pattern}{_END}")]
 SnapshotId = Annotated[str, Meta(pattern=f"^[0-9a-f]{{64}}{_END}")]
+MaybeSnapshotId = Annotated[str, Meta(pattern=f"^([0-9a-f]{{64}})?{_END}")]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
@@ -500,7 +501,7 @@ class SnapshotSaved(msgspec.Struct, omit_defaults=True):
 class ModelResume(msgspec.Struct, omit_defaults=True):
     """Fetch a snapshot from a node and make a conversation of it."""
 
-    snapshot: Annotated[str, Meta(pattern=f"^([0-9a-f]{{64}})?{_END}")]
+    snapshot: MaybeSnapshotId
     """Empty: the conversation ``source`` of the holder as it is now, which saves it as suits the way."""
     holder: Name
     """Node to pull it from; this node itself for a local one."""
