@@ -517,6 +517,21 @@ class ModelResume(msgspec.Struct, omit_defaults=True):
     least_top1: Share = 0.94
 
 
+class HandoffPhases(msgspec.Struct, omit_defaults=True):
+    """Where the time of a handoff goes."""
+
+    ask_ms: float = 0.0
+    """Asking the holder what there is, and its manifest."""
+    save_ms: float = 0.0
+    """At the holder: copying, encoding, sealing."""
+    transfer_ms: float = 0.0
+    """Chunks on their way, and the codec's basis where it is not here."""
+    decode_ms: float = 0.0
+    """Decrypting, decoding, and taking into the engine."""
+    prefill_ms: float = 0.0
+    """Reading tokens again."""
+
+
 class HandoffOption(msgspec.Struct, omit_defaults=True):
     """One way in which a conversation could have been taken over."""
 
@@ -525,8 +540,8 @@ class HandoffOption(msgspec.Struct, omit_defaults=True):
     size_bytes: int
     predicted_ms: float | None
     """Until the next token can be generated; None where it was not possible."""
-    phases_ms: dict[str, float] = {}
-    """Predicted, by phase: ``save``, ``transfer``, ``decode``, ``prefill``."""
+    phases: HandoffPhases | None = None
+    """Predicted; those that run beside each other add up to more than the whole."""
     reason: str = ""
     """Why it was not taken, or could not be; where the figures come from for the one that was."""
 
@@ -550,8 +565,8 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
     """A rung's name, or ``tokens``."""
     options: list[HandoffOption] = []
     """What was weighed against each other, the one that was taken first."""
-    phases_ms: dict[str, float] = {}
-    """What happened, by phase, as measured."""
+    phases: HandoffPhases | None = None
+    """What happened, as measured."""
     logits: str = ""
     """The first step against the logits in the snapshot: ``equal``, ``close`` or ``other``; empty: not compared."""
     fidelity: SnapshotFidelity | None = None
