@@ -19,7 +19,7 @@ import numpy.typing as npt
 from protocol.identity import digest
 from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, Part, PartPlace
 from protocol.manifest import SnapshotManifest
-from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
+from protocol.sealing import MAX_PLAIN_BYTES, DataKey
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
@@ -90,22 +90,6 @@ def seal_part(
         put(ref, sealed)
         digests.append(ref.digest)
     return Part(len(data), b"".join(digests))
-
-
-def open_part(
-    key: DataKey,
-    place: PartPlace,
-    chunks: Sequence[bytes | bytearray | memoryview],
-    addresses: Sequence[bytes],
-    codec: CodecRef,
-    target: memoryview,
-) -> None:
-    """Decrypt a part's chunks into ``target``, of its encoded size. Raises SnapshotRefused."""
-    offset = 0
-    for index, chunk in enumerate(chunks):
-        size = len(chunk) - SEAL_BYTES
-        key.open_into(place.role(addresses, codec, index), chunk, target[offset : offset + size])
-        offset += size
 
 
 def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]]) -> list[Block]:

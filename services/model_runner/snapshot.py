@@ -46,10 +46,8 @@ from services.model_runner.blocks import (
     Put,
     RawPart,
     blocks_of,
-    chunks_of_parts,
     cut,
     encode_part,
-    open_part,
     seal_part,
 )
 from services.model_runner.codecs import codec as find_codec
@@ -58,6 +56,7 @@ from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.raw import Raw
 from services.model_runner.engine import Engine, LayerState, ModelSpec, OnProgress, ShouldStop, check_layers
 from services.model_runner.generation import GenerationSettings, GenerationState
+from services.model_runner.intake import Intake
 from services.model_runner.sampling import Sampler
 
 Chunk = bytes | bytearray | memoryview
@@ -333,13 +332,30 @@ def read(
     error = refusal(engine, manifest, private)
     if error is not None:
         raise error
-    tokens, sampler, progress = _read_state(engine, manifest, private)
     reason = from_tokens or why_not_exact(engine, manifest, lossy=lossy, basis=basis)
     if reason:
-        return Read(tokens, sampler, progress, [], None, reason)
-    codec = find_codec(manifest.codec, basis)
-    layers, logits = _read_layers(engine, manifest, private, key, chunks, codec)
-    return Read(tokens, sampler, progress, layers, logits, "", codec.exact)
+        return read_tokens(engine, manifest, private, reason)
+    _read_state(engine, manifest, private)
+    if [len(chunk) for chunk in chunks] != [ref.size_bytes for ref in manifest.chunks]:
+        raise refused(
+            manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
+        )
+    taken = intake(engine, manifest, private, key, basis)
+    for index, chunk in enumerate(chunks):
+        taken.put(index, chunk)
+    return read_taken(engine, manifest, private, taken)
+
+
+def read_tokens(engine: Engine, manifest: SnapshotManifest, private: PrivatePart, reason: str) -> Read:
+    """A state whose tokens are to be read again, because of ``reason``. Raises SnapshotRefused."""
+    return Read(*_read_state(engine, manifest, private), [], None, reason)
+
+
+def read_taken(engine: Engine, manifest: SnapshotManifest, private: PrivatePart, taken: Intake) -> Read:
+    """The state whose chunks ``taken`` has taken in, all of them. Raises SnapshotRefused."""
+    layers = taken.layers()
+    check_layers(engine.spec, layers)
+    return Read(*_read_state(engine, manifest, private), layers, taken.logits, "", taken.codec.exact)
 
 
 def restore(engine: Engine, found: Read) -> Unpacked:
@@ -413,15 +429,13 @@ def _progress(manifest: SnapshotManifest, private: PrivatePart) -> _Progress:
         raise refused(manifest, "state", str(error)) from error
 
 
-def _read_layers(
-    engine: Engine,
-    manifest: SnapshotManifest,
-    private: PrivatePart,
-    key: DataKey,
-    chunks: Sequence[Chunk],
-    codec: Codec,
-) -> tuple[list[LayerState], npt.NDArray[np.float32] | None]:
-    """The layers, and the next token's logits where they are kept."""
+def intake(
+    engine: Engine, manifest: SnapshotManifest, private: PrivatePart, key: DataKey, basis: Basis | None = None
+) -> Intake:
+    """What takes in the chunks of a snapshot that ``why_not_exact`` has nothing against, one by one, as they come.
+
+    The layouts match the model, and the sizes the layouts, before anything is allocated. Raises SnapshotRefused.
+    """
     spec = engine.spec
     layouts = _layouts(spec, manifest.cached_tokens)
     if manifest.kv_dtype != spec.dtype:
@@ -439,27 +453,14 @@ def _read_layers(
         if part.encoded_bytes > expected + PART_SLACK_BYTES if coded else part.encoded_bytes != expected:
             field = f"blocks[{place.block}].{place.kind}"
             raise refused(manifest, field, f"{part.encoded_bytes:,} bytes, its layers take {expected:,}")
-    if [len(chunk) for chunk in chunks] != [ref.size_bytes for ref in manifest.chunks]:
-        raise refused(
-            manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
-        )
-    addresses = private.address_list()
-    assembly = Assembly(spec, manifest.cached_tokens)
-    logits: npt.NDArray[np.float32] | None = None
-    buffer = memoryview(bytearray(max((part.encoded_bytes for _, part in manifest.parts()), default=0)))
-    for place, part, own in chunks_of_parts(manifest):
-        data = buffer[: part.encoded_bytes]
-        try:
-            open_part(key, place, chunks[own], addresses, manifest.codec, data)
-            if place.kind == "logits":
-                logits = np.frombuffer(data, "<f4").copy()
-            else:
-                assembly.decode(place, data, codec)
-        except SnapshotRefused as error:
-            raise refused(manifest, f"blocks[{place.block}].{place.kind}", error.reason) from error
-    layers = assembly.layers()
-    check_layers(spec, layers)
-    return layers, logits
+    return Intake(
+        manifest,
+        private.address_list(),
+        key,
+        find_codec(manifest.codec, basis),
+        Assembly(spec, manifest.cached_tokens),
+        lambda field, reason: refused(manifest, field, reason),
+    )
 
 
 def _layouts(spec: ModelSpec, seen_tokens: int) -> list[LayerLayout]:
