@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import msgspec
 
@@ -27,7 +26,6 @@ LEAST_SECONDS = 1e-12
 
 TOKENS = "tokens"
 """The option that sends no KV: token ids alone, read again here."""
-Phase = Literal["ask", "save", "basis", "manifest", "transfer", "decode", "import", "prefill", "step"]
 
 
 class Estimate(msgspec.Struct):
