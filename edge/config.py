@@ -304,6 +304,49 @@ class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True):
     ] = 2048
 
 
+class PoolConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """Beginnings of prompts that a node of the site has read, for the others to fetch; see snapshots."""
+
+    enabled: Annotated[
+        bool, Meta(description="Whether this node takes from the pool, and puts into it what it reads.")
+    ] = True
+    url: Annotated[
+        str,
+        Meta(
+            description="Where it is: any URL that fsspec knows, such as `s3://bucket/pool`, the same on several "
+            "nodes. Empty: a folder of this node, from which the others fetch over the bus. Wants the extra `pool`."
+        ),
+    ] = ""
+    most_mib: Annotated[
+        int,
+        Meta(ge=1, description="Room for its entries, in MiB; what saves the least reading for its bytes goes first."),
+    ] = 2048
+    trust: Annotated[
+        str,
+        Meta(
+            pattern="^(creator|quorum)$",
+            description="Whose entries are used: `creator`, those of every trusted node; `quorum`, those with which so "
+            "many other trusted nodes agree that have read the same themselves.",
+        ),
+    ] = "creator"
+    quorum: Annotated[int, Meta(ge=1, le=32, description="How many must agree, its creator not counted.")] = 2
+    accept: Annotated[
+        str,
+        Meta(
+            pattern="^(exact|close)$",
+            description="`exact`: entries of the same numerics alone, bit for bit what this node would compute; "
+            "`close`: those of another engine version, device or number of threads too, and the run's end says so.",
+        ),
+    ] = "close"
+    codec: Annotated[
+        str,
+        Meta(
+            pattern="^(raw|lossless)$",
+            description="How entries are encoded: `lossless` takes a third less room, and more time.",
+        ),
+    ] = "raw"
+
+
 class LogConfig(msgspec.Struct, forbid_unknown_fields=True):
     """What is written to the log."""
 
@@ -343,6 +386,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     home_assistant: HomeAssistantConfig = msgspec.field(default_factory=HomeAssistantConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    pool: PoolConfig = msgspec.field(default_factory=PoolConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
 
     def service_names(self) -> list[str]:
@@ -417,6 +461,7 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] | None = No
             reason="no TLS",
         )
     _check_gateway(config, source)
+    _check_pool(config, source)
     source.resolve_paths(config)
     if config.broker.ca_file and not Path(config.broker.ca_file).is_file():
         raise source.error("broker.ca_file", f"broker.ca_file: there is no file {config.broker.ca_file}")
@@ -620,6 +665,24 @@ def _check_gateway(config: Config, source: _Source) -> None:
             f"gateway.host {settings.host!r} leaves this machine without TLS",
             hint='set gateway.cert_file and gateway.key_file, or use "127.0.0.1"',
             reason="no TLS",
+        )
+
+
+def _check_pool(config: Config, source: _Source) -> None:
+    parts = urlsplit(config.pool.url)
+    if config.pool.url and "://" not in config.pool.url:
+        raise source.error(
+            "pool.url",
+            f"pool.url {config.pool.url!r} is no URL",
+            hint="leave it empty for a folder of this node, or write file:///path for one that nodes share",
+            reason="not a URL",
+        )
+    if parts.username or parts.password:
+        raise source.error(
+            "pool.url",
+            "pool.url holds a name or password",
+            hint="put them into fsspec's configuration, or where that service's own tools look for them",
+            reason="a secret in the configuration",
         )
 
 

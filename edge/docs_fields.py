@@ -12,7 +12,19 @@ from typing import Any
 import msgspec
 
 from edge.docs_text import plain, table
-from protocol import built_manifest, codec, entries, errors, layout, manifest, messages, provenance, sealing
+from protocol import (
+    built_manifest,
+    codec,
+    entries,
+    errors,
+    group_key,
+    layout,
+    manifest,
+    messages,
+    pool,
+    provenance,
+    sealing,
+)
 from protocol.topics import KIB
 
 SOURCES: tuple[ModuleType, ...] = (
@@ -23,6 +35,8 @@ SOURCES: tuple[ModuleType, ...] = (
     sealing,
     provenance,
     built_manifest,
+    group_key,
+    pool,
     errors,
     codec,
 )
@@ -120,4 +134,4 @@ def _shown(value: Any) -> str:
 
 def _value(node: ast.expr) -> Any:
     """What a default or a limit is; ours are made of literals and KIB."""
-    return eval(compile(ast.Expression(node), "a field", "eval"), {"__builtins__": {}, "KIB": KIB})
+    return eval(compile(ast.Expression(node), "a field", "eval"), {"__builtins__": {}, "KIB": KIB, "_END": messages._END})

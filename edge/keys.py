@@ -25,7 +25,8 @@ from protocol.ids import check_name
 SEED_BYTES = 32
 
 
-def _folder(data_dir: Path) -> Path:
+def key_folder(data_dir: Path) -> Path:
+    """Where a node keeps its keys; made when absent. Raises StorageError."""
     folder = data_dir / "keys"
     with storage_errors(f"making the key folder {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,7 +34,7 @@ def _folder(data_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One writer at a time among all processes of the node."""
     with storage_errors(f"locking {folder}"):
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -46,9 +47,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def load_or_create_identity(data_dir: Path, node: str) -> Identity:
     """The identity of ``node``, made on first use. Raises StorageError, or TrustError for an unsafe key file."""
-    folder = _folder(data_dir)
+    folder = key_folder(data_dir)
     path = folder / "node.key"
-    with _locked(folder):
+    with locked(folder):
         if not path.exists():
             identity = Identity.generate(node)
             write_atomically(path, identity.seed)
@@ -80,7 +81,7 @@ class Peers:
     """
 
     def __init__(self, data_dir: Path, own: Identity) -> None:
-        self._folder = _folder(data_dir)
+        self._folder = key_folder(data_dir)
         self._path = self._folder / "peers.json"
         self._sealing_path = self._folder / "sealing.json"
         self._own = own
@@ -122,7 +123,7 @@ class Peers:
         except TrustError:
             return False
         if node != self._own.node and keyring.sealing_keys.get(node) != public_key:
-            with _locked(self._folder):
+            with locked(self._folder):
                 self._write(self._sealing_path, {**self._read(self._sealing_path), node: announced})
         return True
 
@@ -151,7 +152,7 @@ class Peers:
         check_name(node, "node")
         wanted = fingerprint.strip().lower()
         public_key_of(wanted)
-        with _locked(self._folder):
+        with locked(self._folder):
             table = self.table()
             known = self._own.fingerprint if node == self._own.node else table.get(node, wanted)
             if known != wanted and (not replace or node == self._own.node):
@@ -166,7 +167,7 @@ class Peers:
 
     def forget(self, node: str) -> bool:
         """Trust ``node`` no longer; whether it was trusted. Raises StorageError."""
-        with _locked(self._folder):
+        with locked(self._folder):
             table = self.table()
             found = table.pop(node, None) is not None
             if found:

@@ -18,8 +18,11 @@ from protocol import topics
 from protocol.built_manifest import SignedBuiltManifest
 from protocol.entries import SignedEntry
 from protocol.errors import ErrorInfo, UnknownType
+from protocol.group_key import SignedGrant
 from protocol.ids import NAME_PATTERN
 from protocol.manifest import SignedManifest
+from protocol.pool import SignedPoolEntry
+from protocol.provenance import SignedStatement
 from protocol.topics import KIB, Topic
 
 _END = r"$(?!\n)"
@@ -392,6 +395,12 @@ class Usage(msgspec.Struct, omit_defaults=True):
     """Of the device during the run; absent when no sensor measures it."""
     energy_sensor: str = ""
     """Which one measured it."""
+    pooled_tokens: int = 0
+    """Of the cached ones, those that came from the site's pool."""
+    pooled_from: list[str] = []
+    """The nodes that had read them."""
+    pooled_how: str = ""
+    """``exact`` (they are bit for bit what this node would have computed) or ``close`` (of other numerics)."""
 
 
 class RunDone(msgspec.Struct, omit_defaults=True):
@@ -666,6 +675,59 @@ class SnapshotManifestAsk(msgspec.Struct):
     """The asker's, as its node's state has it."""
 
 
+class PoolHave(msgspec.Struct):
+    """Which blocks a node holds in its pool. Said whole, retained: it takes the place of what it said before."""
+
+    key_id: Digest
+    """Of the group key that the names below are made with."""
+    names: Annotated[bytes, Meta(max_length=64 * KIB)]
+    """8 bytes for each entry: keyed BLAKE3 of the speaker's name, a zero byte and the entry's name. So nobody without
+    the group key learns what was read, nor that two nodes have read the same."""
+
+
+MAX_ANNOUNCED = 8192
+"""Entries that a node announces: those worth most."""
+MAX_POOL_BLOCKS = 256
+"""Blocks of one prompt that are asked for at one time."""
+
+
+class PoolWitness(msgspec.Struct):
+    """Whether the speaker agrees with an entry of the pool, having read the same prefix itself."""
+
+    statement: SignedStatement
+    """Of the kind ``witnessed``, its ``snapshot`` being the entry's id; ``details`` has ``agrees`` (a boolean), ``how``
+    (``exact`` or ``close``), ``error`` and ``tolerance``."""
+
+
+class GroupKeyAsk(msgspec.Struct):
+    """Ask a node for the site's group key, every version."""
+
+    sealing_key: Annotated[str, Meta(max_length=256)] = ""
+    """The asker's, as its node's state has it."""
+
+
+class GroupKeys(msgspec.Struct):
+    """What the node grants to the asker; nothing to one that it does not trust."""
+
+    grants: Annotated[list[SignedGrant], Meta(max_length=64)]
+    """The newest version first."""
+
+
+class PoolEntriesAsk(msgspec.Struct):
+    """Ask for the entries of blocks that a node announced."""
+
+    names: Annotated[bytes, Meta(min_length=16, max_length=4 * KIB)]
+    """16 bytes for each block: its prefix address, keyed with the group key that the entry is sealed with."""
+
+
+class PoolEntries(msgspec.Struct):
+    """The entries that the node holds of these, in their order, with what witnesses said of them."""
+
+    entries: list[SignedPoolEntry]
+    bundle: SnapshotId
+    """Their chunks, one entry after another, are pulled under this id: BLAKE3 of the entries' ids, joined."""
+
+
 class ModelBuiltAsk(msgspec.Struct, omit_defaults=True):
     """Ask for the signed manifest of a built model that a node holds; its chunks are then pulled as a snapshot's."""
 
@@ -882,6 +944,24 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "manifest", "snapshot.manifest"),
     ),
     _row("snapshot.manifest", SignedManifest, topics.REPLY),
+    _row("pool.have", PoolHave, topics.POOL_HAVE),
+    _row("pool.witness", PoolWitness, topics.POOL_WITNESS),
+    _row(
+        "group.key.ask",
+        GroupKeyAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "group_key", "group.keys"),
+    ),
+    _row("group.keys", GroupKeys, topics.REPLY, max_bytes=128 * KIB),
+    _row(
+        "pool.entries.ask",
+        PoolEntriesAsk,
+        topics.ASK,
+        max_bytes=8 * KIB,
+        ask=AskRow("model_runner", "pool_entries", "pool.entries"),
+    ),
+    _row("pool.entries", PoolEntries, topics.REPLY),
     _row(
         "model.built.ask",
         ModelBuiltAsk,

@@ -129,6 +129,19 @@ MEMORY_HAVE = Topic(
 RUN_TOKEN = Topic("run_token", "{node}/model/run/{run}/token", "tokens of a run as they are generated", 16 * KIB)
 RUN_DONE = Topic("run_done", "{node}/model/run/{run}/done", "the end of a run, with its text and usage", 512 * KIB)
 SNAPSHOT_ANNOUNCE = Topic("snapshot_announce", "{node}/snapshot/announce", "a snapshot that the node holds", 8 * KIB)
+POOL_HAVE = Topic(
+    "pool_have",
+    "{node}/pool/have",
+    "the pool's entries that the node holds, told to its site alone",
+    72 * KIB,
+    retain=True,
+)
+POOL_WITNESS = Topic(
+    "pool_witness",
+    "{node}/pool/witness",
+    "whether the node agrees with an entry of the pool that it has read itself",
+    4 * KIB,
+)
 BLOB = Topic("blob", "{node}/blob/{transfer}", "chunks of a blob on the way to the one who pulled it", 516 * KIB)
 ASK = Topic(
     "ask",
@@ -156,6 +169,8 @@ TOPICS: tuple[Topic, ...] = (
     RUN_TOKEN,
     RUN_DONE,
     SNAPSHOT_ANNOUNCE,
+    POOL_HAVE,
+    POOL_WITNESS,
     BLOB,
     ASK,
     REPLY,
