@@ -134,4 +134,6 @@ def _shown(value: Any) -> str:
 
 def _value(node: ast.expr) -> Any:
     """What a default or a limit is; ours are made of literals and KIB."""
-    return eval(compile(ast.Expression(node), "a field", "eval"), {"__builtins__": {}, "KIB": KIB, "_END": messages._END})
+    return eval(
+        compile(ast.Expression(node), "a field", "eval"), {"__builtins__": {}, "KIB": KIB, "_END": messages._END}
+    )

@@ -119,9 +119,14 @@ _canonical = msgspec.msgpack.Encoder(order="sorted")
 _decoder = msgspec.msgpack.Decoder(GroupGrant)
 
 
-def grant_key(identity: Identity, key: GroupKey, recipient: str, recipient_key: bytes) -> SignedGrant:
-    """``key`` for ``recipient``, whose raw X25519 public key is given, signed by ``identity``. Raises TrustError."""
-    wrap = wrap_key(identity, key.data_key, recipient, recipient_key)
+def grant_key(
+    identity: Identity, key: GroupKey, recipient: str, recipient_key: bytes, *, wrap: SignedWrap | None = None
+) -> SignedGrant:
+    """``key`` for ``recipient``, whose raw X25519 public key is given, signed by ``identity``.
+
+    ``wrap`` is for test vectors alone. Raises TrustError when the recipient's key is none.
+    """
+    wrap = wrap or wrap_key(identity, key.data_key, recipient, recipient_key)
     body = _canonical.encode(GroupGrant(identity.node, key.created_us, key.by, key.version, wrap, key.id))
     return SignedGrant(body, identity.sign(DOMAIN_GROUP_KEY, body))
 

@@ -194,11 +194,18 @@ def open_entry(signed: SignedPoolEntry, keyring: Keyring) -> PoolEntry:
 
 
 def witness(
-    identity: Identity, entry: str, agrees: bool, how: str, error: float = 0.0, tolerance: float = 0.0
+    identity: Identity,
+    entry: str,
+    agrees: bool,
+    how: str,
+    error: float = 0.0,
+    tolerance: float = 0.0,
+    *,
+    time_us: int | None = None,
 ) -> SignedStatement:
     """The statement of ``identity``, which has read the prefix of the entry with that id itself."""
     details: dict[str, Any] = {"agrees": agrees, "error": error, "how": how, "tolerance": tolerance}
-    now_us = time.time_ns() // 1000
+    now_us = time.time_ns() // 1000 if time_us is None else time_us
     body = _canonical.encode(Statement(details, "witnessed", identity.node, GENESIS, bytes.fromhex(entry), now_us))
     return SignedStatement(body, identity.sign(DOMAIN_STATEMENT, body))
 

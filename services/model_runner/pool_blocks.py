@@ -17,8 +17,8 @@ from protocol.group_key import GroupKey
 from protocol.layout import BLOCK_TOKENS, PART_SLACK_BYTES, RAW, ChunkRef, PartPlace, StateLayout
 from protocol.manifest import NumericsFingerprint
 from protocol.pool import ENTRY_VERSION, NO_PARENT, PoolEntry, PoolPart
-from protocol.sealing import MAX_PLAIN_BYTES
-from services.model_runner.blocks import KINDS, open_part, seal_part
+from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES
+from services.model_runner.blocks import KINDS, seal_part
 from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import (
     BlockLayout,
@@ -171,14 +171,17 @@ def open_block(
         if kind not in kinds:
             continue
         count = -(-part.encoded_bytes // MAX_PLAIN_BYTES)
-        buffer = bytearray(part.encoded_bytes)
-        own = PartPlace(kind, 0)
-        open_part(key.data_key, own, chunks[at : at + count], [place.address], entry.codec, memoryview(buffer))
+        buffer = memoryview(bytearray(part.encoded_bytes))
+        offset = 0
+        for index, chunk in enumerate(chunks[at : at + count]):
+            target = buffer[offset : offset + len(chunk) - SEAL_BYTES]
+            key.data_key.open_into(PartPlace(kind, 0).role([place.address], entry.codec, index), chunk, target)
+            offset += len(target)
         at += count
         raw = bytes(buffer)
         if codec.name != RAW.name and kind in KINDS:
             layout = layout_of(spec, place.block).of_kind(spec, kind)
-            raw = Raw().encode(codec.decode(memoryview(buffer), layout), layout)
+            raw = Raw().encode(codec.decode(buffer, layout), layout)
         if key.content(raw) != part.content:
             raise _refused(entry, kind, "its content is not what its creator signed")
         found[kind] = raw

@@ -16,6 +16,7 @@ from protocol import codec, entries
 from protocol.built_manifest import BuiltFile, BuiltManifest, SignedBuiltManifest, seal_built
 from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_hash, seal
 from protocol.errors import ErrorInfo
+from protocol.group_key import GroupKey, grant_key
 from protocol.identity import Identity, digest
 from protocol.layout import RAW, Block, LayerLayout, Part, PartPlace
 from protocol.manifest import (
@@ -37,6 +38,8 @@ from protocol.messages import (
     BlobPulling,
     ChatMessage,
     Event,
+    GroupKeyAsk,
+    GroupKeys,
     HandoffOption,
     HandoffPhases,
     HomeAssistantDevice,
@@ -69,6 +72,10 @@ from protocol.messages import (
     NodeState,
     NodeWake,
     OriginHave,
+    PoolEntries,
+    PoolEntriesAsk,
+    PoolHave,
+    PoolWitness,
     PresenceHeard,
     PresenceHeardAsk,
     RunDone,
@@ -88,6 +95,7 @@ from protocol.messages import (
     TokenChance,
     Usage,
 )
+from protocol.pool import PoolEntry, PoolPart, SignedPoolEntry, entry_id, sign_entry, witness
 from protocol.provenance import add_statement
 from protocol.sealing import DataKey, wrap_key
 
@@ -219,6 +227,43 @@ SIGNED_MANIFEST.wraps = [
 ]
 SIGNED_MANIFEST.provenance = add_statement(SPROUT, [], digest(SIGNED_MANIFEST.manifest), "created", time_us=TIME_US)
 SNAPSHOT = snapshot_id(SIGNED_MANIFEST)
+
+GROUP_KEY = GroupKey(bytes(range(128, 160)), version=2, by="sprout", created_us=TIME_US)
+GRANT = grant_key(
+    SPROUT,
+    GROUP_KEY,
+    "sprout",
+    SPROUT.sealing.public_key,
+    wrap=wrap_key(
+        SPROUT,
+        GROUP_KEY.data_key,
+        "sprout",
+        SPROUT.sealing.public_key,
+        created_us=TIME_US,
+        ephemeral_secret=bytes(range(160, 192)),
+    ),
+)
+POOL_ADDRESS = digest(b"a block of 256 tokens")
+POOL_CHUNK = bytes(GROUP_KEY.data_key.seal(PartPlace("full", 0).role([POOL_ADDRESS], RAW, 0), KV_FULL))
+POOL_ENTRY = PoolEntry(
+    version=1,
+    model=MANIFEST.model,
+    digests=MODEL,
+    creator="sprout",
+    created_us=TIME_US,
+    fingerprint=MANIFEST.fingerprint,
+    kv_dtype="bfloat16",
+    codec=RAW,
+    key_id=GROUP_KEY.id,
+    name=GROUP_KEY.name(POOL_ADDRESS),
+    parent=bytes(16),
+    block=0,
+    cost_ms=850,
+    full=PoolPart(encoded_bytes=len(KV_FULL), digests=digest(POOL_CHUNK), content=GROUP_KEY.content(KV_FULL)),
+)
+SIGNED_POOL_ENTRY: SignedPoolEntry = sign_entry(SPROUT, POOL_ENTRY)
+WITNESS = witness(SPROUT, entry_id(SIGNED_POOL_ENTRY), True, "close", 0.0125, 0.1, time_us=TIME_US)
+SIGNED_POOL_ENTRY.witnesses = [WITNESS]
 FIDELITY = SnapshotFidelity(tested_tokens=128, mean_kl=0.0035, top1=0.97, measured=["mean_kl", "top1"])
 
 BUILT_FILES = {"card.json": b"{}", "model.onnx": CHUNK}
@@ -262,6 +307,9 @@ DONE = RunDone(
         batch_mean=2.5,
         energy_j=1.25,
         energy_sensor="package-0",
+        pooled_tokens=4,
+        pooled_from=["tomato"],
+        pooled_how="exact",
     ),
     error=ERROR,
 )
@@ -489,6 +537,14 @@ VALUES: dict[str, msgspec.Struct] = {
     "snapshot.manifest": SIGNED_MANIFEST,
     "model.built.ask": ModelBuiltAsk(name="smollm2-135m-instruct", precision="int4", provider="cuda"),
     "model.built": SIGNED_BUILT_MANIFEST,
+    "pool.have": PoolHave(key_id=GROUP_KEY.id, names=GROUP_KEY.short_name("sprout", POOL_ENTRY.name)),
+    "pool.witness": PoolWitness(statement=WITNESS),
+    "group.key.ask": GroupKeyAsk(sealing_key=SPROUT.sealing_key),
+    "group.keys": GroupKeys(grants=[GRANT]),
+    "pool.entries.ask": PoolEntriesAsk(names=POOL_ENTRY.name),
+    "pool.entries": PoolEntries(
+        entries=[SIGNED_POOL_ENTRY], bundle=digest(bytes.fromhex(entry_id(SIGNED_POOL_ENTRY))).hex()
+    ),
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
     "blob.chunk": BlobChunk(index=0, data=SEALED_FULL),
@@ -509,7 +565,11 @@ _LEVELS = {"target": "sprout", "asker": "tomato", "client": "cli", "run": RUN_ID
 def golden(row: MessageRow) -> Golden:
     """The message of one row, by today's encoder. ``tomato`` asks, ``sprout`` answers and says the rest."""
     speaker = "tomato" if row.ask else "sprout"
-    service = "model_runner" if row.type.startswith(("model", "snapshot", "blob", "error")) else "memory_store"
+    service = (
+        "model_runner"
+        if row.type.startswith(("model", "snapshot", "blob", "pool", "group", "error"))
+        else "memory_store"
+    )
     levels = _LEVELS | {"node": speaker, "service": row.ask.service if row.ask else service}
     names = {name: levels[name] for name in row.topic.params if name != "verb"}
     if row.ask:
