@@ -40,7 +40,7 @@ class LayerLayout(msgspec.Struct, frozen=True):
     kv_heads: int
     head_dim: int
     tokens: int
-    """Positions held: for a sliding layer at most its window."""
+    """Positions held: for a sliding layer at most its window, for one of full attention what pruning has left."""
     seen_tokens: int
     """Positions ever written to this layer (a sliding layer's cumulative length)."""
     window_tokens: int = 0
@@ -88,10 +88,18 @@ class Block(msgspec.Struct, omit_defaults=True):
 
     tokens: int
     """256, but in the last one."""
+    kept: bytes = b""
+    """Bitmap of the positions that pruning has left in the layers of full attention, one bit each, least significant
+    first; empty: all of them."""
     full: Part | None = None
     """The layers of full attention."""
     sliding: Part | None = None
     """The sliding layers, as far as they still hold positions of this block."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Positions that its layers of full attention hold."""
+        return int.from_bytes(self.kept, "little").bit_count() if self.kept else self.tokens
 
 
 class PartPlace(NamedTuple):
@@ -141,13 +149,14 @@ def check_layout(manifest: Laid) -> None:
         raise malformed("cached_tokens", f"{cached:,}")
     if manifest.kv_dtype not in DTYPE_BYTES:
         raise malformed("kv_dtype", f"{manifest.kv_dtype[:80]!r} is none of {', '.join(DTYPE_BYTES)}")
+    kept = cached - _pruned_tokens(manifest)
     for index, layer in enumerate(manifest.layers):
         field = f"layers[{index}]"
         if layer.kind not in ("full", "sliding", "recurrent"):
             raise malformed(f"{field}.kind", f"{layer.kind[:80]!r} is unknown")
         if not (0 <= layer.kv_heads <= 2**16 and 0 <= layer.head_dim <= 2**16 and 0 <= layer.window_tokens < 2**31):
             raise malformed(field, "a size is out of range")
-        most = {"full": cached, "sliding": min(cached, max(0, layer.window_tokens - 1)), "recurrent": 0}[layer.kind]
+        most = {"full": kept, "sliding": min(cached, max(0, layer.window_tokens - 1)), "recurrent": 0}[layer.kind]
         if (layer.seen_tokens, layer.tokens) != (cached, most):
             raise malformed(
                 field, f"holds {layer.tokens:,} of {layer.seen_tokens:,} tokens, expected {most:,} of {cached:,}"
@@ -165,6 +174,25 @@ def check_layout(manifest: Laid) -> None:
         block.tokens != min(BLOCK_TOKENS, cached - index * BLOCK_TOKENS) for index, block in enumerate(manifest.blocks)
     ):
         raise malformed("blocks", f"they do not cut {cached:,} positions at multiples of {BLOCK_TOKENS}")
+
+
+def _pruned_tokens(manifest: Laid) -> int:
+    """Positions that the blocks' bitmaps leave out. Raises MalformedMessage."""
+    pruned = 0
+    for index, block in enumerate(manifest.blocks):
+        if not block.kept:
+            continue
+        field = f"blocks[{index}].kept"
+        if not 0 < block.tokens <= BLOCK_TOKENS or len(block.kept) != -(-block.tokens // 8):
+            raise malformed(field, f"{len(block.kept):,} bytes for {block.tokens:,} positions")
+        if int.from_bytes(block.kept, "little") >> block.tokens:
+            raise malformed(field, f"it has more than the block's {block.tokens} positions")
+        if block.kept_tokens == block.tokens:
+            raise malformed(field, "it has all positions, which is said by leaving it out")
+        pruned += block.tokens - block.kept_tokens
+    if pruned and not any(layer.kind == "full" for layer in manifest.layers):
+        raise malformed("blocks", "positions are pruned, and no layer has full attention")
+    return pruned
 
 
 def check_parts(manifest: Laid) -> None:
@@ -200,12 +228,12 @@ def _check_part(field: str, part: Part, most: int) -> None:
         )
 
 
-def held_in_block(layer: LayerLayout, block: int) -> tuple[int, int]:
-    """First position and end of what a layer holds of a block; equal when it holds nothing."""
-    start = block * BLOCK_TOKENS
-    stop = min(start + BLOCK_TOKENS, layer.seen_tokens)
-    start = max(start, layer.seen_tokens - layer.tokens)
-    return (start, stop) if start < stop else (stop, stop)
+def held_in_block(layer: LayerLayout, index: int, block: Block) -> int:
+    """Positions that a layer holds of a block, the ``index``-th."""
+    if layer.kind == "full":
+        return block.kept_tokens
+    end = index * BLOCK_TOKENS + block.tokens
+    return max(0, min(block.tokens, end - (layer.seen_tokens - layer.tokens)))
 
 
 def plain_bytes(manifest: Laid, place: PartPlace) -> int:
@@ -215,6 +243,6 @@ def plain_bytes(manifest: Laid, place: PartPlace) -> int:
     size = 0
     for layer in manifest.layers:
         if layer.kind == place.kind:
-            start, stop = held_in_block(layer, place.block)
-            size += 2 * layer.kv_heads * layer.head_dim * (stop - start)
+            held = held_in_block(layer, place.block, manifest.blocks[place.block])
+            size += 2 * layer.kv_heads * layer.head_dim * held
     return size * DTYPE_BYTES[manifest.kv_dtype]

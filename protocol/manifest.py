@@ -11,7 +11,7 @@ floats of 64 bits. What is not is refused, so no two readers can see two things 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -47,6 +47,7 @@ MAX_MANIFEST_BYTES = 960 * 1024
 MAX_BESIDE_BYTES = 56 * 1024
 """So many bytes of wraps and provenance cross the bus beside it."""
 DOMAIN_PREFIX = b"mindstream/v1/prefix\0"
+DOMAIN_PRUNED = b"mindstream/v1/pruned\0"
 
 
 class NumericsFingerprint(msgspec.Struct, frozen=True):
@@ -134,12 +135,23 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
     sharing: Literal["peers", "creator"] = "peers"
     """Who may wrap the data key for further readers: any holder for nodes that it trusts, or the creator alone."""
     certificate: Certificate | None = None
-    """How faithful it is; nil where the codec is exact."""
+    """How faithful it is; nil where the codec is exact and nothing was pruned."""
 
     @cached_property
     def chunks(self) -> list[ChunkRef]:
         """Every chunk, in order: of each block the full part, then the sliding one; then recurrent, then logits."""
         return [chunk for _, part in self.parts() for chunk in part.chunks()]
+
+    @property
+    def kept(self) -> list[bytes]:
+        """``Block.kept`` of every block; empty when nothing was pruned."""
+        found = [block.kept for block in self.blocks]
+        return found if any(found) else []
+
+    @property
+    def kept_tokens(self) -> int:
+        """Positions that the layers of full attention hold: all that are cached, unless it was pruned."""
+        return sum(block.kept_tokens for block in self.blocks)
 
     def parts(self) -> Iterator[tuple[PartPlace, Part]]:
         """Every part and where it belongs, in the order of their chunks."""
@@ -269,19 +281,26 @@ def is_canonical(body: bytes) -> bool:
         return False
 
 
-def prefix_addresses(digests: ModelDigests, tokens: bytes, cached_tokens: int) -> list[bytes]:
+def prefix_addresses(
+    digests: ModelDigests, tokens: bytes, cached_tokens: int, kept: Sequence[bytes] = ()
+) -> list[bytes]:
     """The address of every block and, behind them, the root of the chain.
 
     The root is BLAKE3 of ``mindstream/v1/prefix\\0`` and the model's digests: weights, tokenizer, config, adapters. A
-    block's address is BLAKE3 of the address before it and the block's token ids, so it names the whole prefix.
+    block's address is BLAKE3 of the address before it and the block's token ids, so it names the whole prefix. Before
+    a pruned block BLAKE3 of ``mindstream/v1/pruned\\0``, that address and the block's bitmap takes its place: what is
+    pruned, and all that was computed after it, has no address in common with what is not.
 
     Args:
         tokens: ids, uint32 little-endian, ``cached_tokens`` of them or more.
+        kept: ``Block.kept`` of every block; empty when nothing was pruned.
     """
     root = digest(DOMAIN_PREFIX, digests.weights, digests.tokenizer, digests.config, *digests.adapters)
     addresses = []
     before = root
     for start in range(0, cached_tokens, BLOCK_TOKENS):
+        if kept and kept[start // BLOCK_TOKENS]:
+            before = digest(DOMAIN_PRUNED, before, kept[start // BLOCK_TOKENS])
         before = digest(before, tokens[4 * start : 4 * min(start + BLOCK_TOKENS, cached_tokens)])
         addresses.append(before)
     return [*addresses, root]
@@ -317,7 +336,7 @@ def open_private(manifest: SnapshotManifest, key: DataKey) -> PrivatePart:
         raise refuse(
             "tokens", f"{len(private.tokens)} bytes for {manifest.cached_tokens} cached ones and a pending one"
         )
-    expected = prefix_addresses(manifest.digests, private.tokens, manifest.cached_tokens)
+    expected = prefix_addresses(manifest.digests, private.tokens, manifest.cached_tokens, manifest.kept)
     if private.addresses != b"".join(expected):
         raise refuse("addresses", "they are not those of its token ids")
     return private

@@ -9,7 +9,9 @@ Masks come from the shapes alone: a batch of one without padding, whose last que
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from protocol.errors import ModelError
 
 NAME = "mindstream"
 
-_MASKS_KEPT = 2
-"""The masks of one chunk: one for full layers, one for sliding ones."""
+_MASKS_KEPT = 3
+"""The masks of one chunk: one for full layers, one for sliding ones, one for ``Looked``."""
 
 _MaskKey = tuple[int, int, int, torch.dtype, torch.device]
 _masks: OrderedDict[_MaskKey, torch.Tensor] = OrderedDict()
@@ -85,6 +87,59 @@ def packed_attention(
     return out.view(1, queries, query_heads, head_dim)
 
 
+class Looked:
+    """How much the keys of full attention are looked at, while ``looking`` is entered: of each layer, the most that
+    any query gives to each key, and the sum of what all give.
+
+    Args:
+        keys: the first so many keys are counted.
+    """
+
+    def __init__(self, keys: int) -> None:
+        self.keys = keys
+        self.most: dict[int, torch.Tensor] = {}
+        """Of each layer, float32 (kv_heads, keys)."""
+        self.total: dict[int, torch.Tensor] = {}
+        """Of each layer, float32 (kv_heads, keys)."""
+
+    def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
+        """Count a chunk's queries, of ``packed_attention``'s shapes. Costs about what attention itself does."""
+        _, query_heads, queries, head_dim = query.shape
+        kv_heads, keys = key.shape[1], key.shape[2]
+        grouped = query.view(kv_heads, query_heads // kv_heads, queries, head_dim)
+        mask = causal_mask(queries, keys, 0, torch.float32, query.device)
+        most, total = [], []
+        # One KV head at a time: the scores of all would take as much memory as the cache.
+        for head in range(kv_heads):
+            packed = (grouped[head] * scale).float().view(-1, head_dim)
+            shares = (packed @ key[0, head].float().T).view(-1, queries, keys).add_(mask)
+            shares = torch.softmax(shares, -1)[..., : self.keys].flatten(0, 1)
+            most.append(shares.amax(0))
+            total.append(shares.sum(0))
+        self.most[layer] = _longer(self.most.get(layer), torch.stack(most), torch.maximum)
+        self.total[layer] = _longer(self.total.get(layer), torch.stack(total), torch.add)
+
+
+def _longer(before: torch.Tensor | None, found: torch.Tensor, join: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Two counts joined; the later one has as many keys or more."""
+    if before is not None:
+        found[:, : before.shape[1]] = join(found[:, : before.shape[1]], before)
+    return found
+
+
+_looking: list[Looked] = []
+
+
+@contextlib.contextmanager
+def looking(looked: Looked) -> Iterator[None]:
+    """While entered, prefill and ``Engine.read`` on this process's models count into ``looked``. One at a time."""
+    _looking.append(looked)
+    try:
+        yield
+    finally:
+        _looking.remove(looked)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -110,6 +165,8 @@ def attention_forward(
             reason="unsupported attention",
         )
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
+    if _looking and not sliding_window:
+        _looking[-1].add(int(module.layer_idx), query, key, scale)  # type: ignore[arg-type]
     return packed_attention(query, key, value, scale, sliding_window or 0), None
 
 

@@ -23,6 +23,7 @@ from protocol.sealing import MAX_PLAIN_BYTES, DataKey
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
+from services.model_runner.positions import bitmaps_of, from_bitmaps, positions_of
 
 Array = npt.NDArray[Any]
 Put = Callable[[ChunkRef, bytearray], object]
@@ -57,7 +58,8 @@ def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[B
 def cut(spec: ModelSpec, layers: Sequence[LayerState], cached_tokens: int) -> list[RawPart]:
     """Copies of all that ``layers`` hold, in the order of a manifest's parts; the layers may change from then on."""
     parts = []
-    for number, block in enumerate(block_layouts(spec, cached_tokens)):
+    kept = bitmaps_of(positions_of(layers), cached_tokens)
+    for number, block in enumerate(block_layouts(spec, cached_tokens, kept)):
         for kind in KINDS:
             # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
             planes = [array for plane in block_planes(layers, block.of_kind(spec, kind)) for array in plane]
@@ -92,9 +94,11 @@ def seal_part(
     return Part(len(data), b"".join(digests))
 
 
-def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]]) -> list[Block]:
-    """The manifest's blocks, of the sealed parts."""
+def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]], kept: Sequence[bytes] = ()) -> list[Block]:
+    """The manifest's blocks, of the sealed parts; ``kept`` are the bitmaps of a pruned state."""
     blocks = [Block(tokens=min(BLOCK_TOKENS, cached_tokens - start)) for start in range(0, cached_tokens, BLOCK_TOKENS)]
+    for block, bitmap in zip(blocks, kept, strict=bool(kept)):
+        block.kept = bitmap
     for place, part in parts:
         if place.kind in KINDS:
             setattr(blocks[place.block], place.kind, part)
@@ -102,12 +106,13 @@ def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]]) -> li
 
 
 class Assembly:
-    """Layers of ``spec`` after ``seen_tokens`` positions that are being put together from parts."""
+    """Layers of ``spec`` after ``seen_tokens`` positions that are being put together from parts; ``kept`` are the
+    bitmaps of a pruned state."""
 
-    def __init__(self, spec: ModelSpec, seen_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, seen_tokens: int, kept: Sequence[bytes] = ()) -> None:
         self._spec = spec
-        self._blocks = block_layouts(spec, seen_tokens)
-        self._layers = empty_layers(spec, seen_tokens)
+        self._blocks = block_layouts(spec, seen_tokens, kept)
+        self._layers = empty_layers(spec, seen_tokens, positions=from_bitmaps(kept, seen_tokens))
 
     def decode(self, place: PartPlace, data: memoryview, codec: Codec) -> None:
         """Take in what ``codec`` made of a part; states are always raw, and of their size. Raises SnapshotRefused."""

@@ -30,6 +30,9 @@ PREFILL_CHUNK_TOKENS = 256
 prefix is always cut the same way, whether it was read at once, after a cancellation, or turn by turn from the same
 boundary. This is the largest; every engine's divides it."""
 
+NO_POSITIONS = "it was pruned, and this engine counts positions by the rows it holds"
+"""Why an engine without ``explicit_positions`` refuses a cache."""
+
 LayerKind = Literal["full", "sliding", "recurrent"]
 Logits = npt.NDArray[np.float32]
 
@@ -128,6 +131,9 @@ class LayerState:
     """Positions ever written to the layer; more than it holds when a sliding window has moved on."""
     states: tuple[npt.NDArray[Any], ...] = ()
     """As ``LayerSpec.states`` says; zeros when nothing has been written."""
+    positions: npt.NDArray[np.int64] | None = None
+    """True positions of its rows, ascending, where a full layer was pruned and not all are held; None: the last ones,
+    as many as are held."""
 
     @property
     def planes(self) -> tuple[npt.NDArray[Any], ...]:
@@ -138,6 +144,13 @@ class LayerState:
         """As it was after the first ``tokens`` positions, as views; None when it has not all of them any more."""
         if spec.states:  # What has gone into a state does not come out of it again.
             return self if tokens == self.seen_tokens else None
+        if self.positions is not None:
+            rows = int(np.searchsorted(self.positions, tokens))
+            if tokens > self.seen_tokens:
+                return None
+            held = None if rows == tokens else self.positions[:rows]
+            keys, values = self.keys[:, :rows], self.values[:, :rows]
+            return LayerState(self.kind, self.dtype, keys, values, tokens, positions=held)
         first_held = self.seen_tokens - self.keys.shape[1]
         start, end = tokens - spec.held_tokens(tokens) - first_held, tokens - first_held
         if start < 0 or tokens > self.seen_tokens:
@@ -154,7 +167,12 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """Positions written so far."""
+        """Positions written so far, those included that were pruned."""
+
+    @property
+    def pruned(self) -> bool:
+        """Whether layers of full attention do not hold all of them: then it is nobody else's beginning."""
+        return False
 
     @property
     @abstractmethod
@@ -180,6 +198,9 @@ class Engine(ABC):
     """Chunks of a prompt end at absolute multiples of this; it divides ``PREFILL_CHUNK_TOKENS``."""
     max_batch: int = 1
     """Most conversations that ``step_batch`` computes together."""
+    explicit_positions: bool = False
+    """Whether a pruned cache (``LayerState.positions``) can be taken in: new tokens then get their true positions
+    although fewer are held."""
 
     @abstractmethod
     def new_cache(self, capacity_tokens: int) -> KVCache:
@@ -269,6 +290,13 @@ class Engine(ABC):
         Raises SnapshotRefused or ContextOverflow; nothing was allocated.
         """
         check_layers(self.spec, layers)
+        if not self.explicit_positions and any(layer.positions is not None for layer in layers):
+            raise SnapshotRefused(
+                f"restoring a pruned KV cache of {self.spec.name}: {NO_POSITIONS}",
+                hint="resume it from its token ids, or on a node whose engine takes positions (transformers)",
+                field="kept",
+                reason=NO_POSITIONS,
+            )
         seen = layers[0].seen_tokens
         if seen > capacity_tokens:
             raise ContextOverflow(
@@ -337,16 +365,36 @@ def check_layers(spec: ModelSpec, layers: Sequence[LayerState]) -> None:
 
     if len(layers) != len(spec.layers):
         raise refuse("layers", f"{len(layers)} of them, the model has {len(spec.layers)}")
+    pruned = next((layer.positions for layer in layers if layer.kind == "full"), None)
     for index, (own, state) in enumerate(zip(spec.layers, layers, strict=True)):
-        shape = (own.kv_heads, own.held_tokens(state.seen_tokens), own.head_dim)
+        held = own.held_tokens(state.seen_tokens)
+        if pruned is not None and own.kind == "full":
+            held = len(pruned)
+            if not _ascending(pruned, state.seen_tokens):
+                raise refuse("positions", f"they are not ascending ones below {state.seen_tokens:,}")
+        shape = (own.kv_heads, held, own.head_dim)
         if state.kind != own.kind or state.dtype != spec.dtype:
             reason = f"{state.kind} {state.dtype}, the model has {own.kind} {spec.dtype}"
             raise refuse(f"layers[{index}]", reason)
         if state.seen_tokens != layers[0].seen_tokens:
             raise refuse(f"layers[{index}].seen_tokens", "layers are of different lengths")
+        if not _equal(state.positions, pruned if own.kind == "full" else None):
+            raise refuse(f"layers[{index}].positions", "pruned layers do not hold the same positions")
         for field, array in (("keys", state.keys), ("values", state.values)):
             if array.shape != shape or array.dtype != STORAGE_DTYPES[spec.dtype]:
                 raise refuse(f"layers[{index}].{field}", f"{array.dtype} {array.shape}, expected {shape}")
         found = [(array.shape, array.dtype) for array in state.states]
         if found != [(each.shape, STORAGE_DTYPES[each.dtype]) for each in own.states]:
             raise refuse(f"layers[{index}].states", f"{found}, expected {list(own.states)}")
+
+
+def _equal(one: npt.NDArray[np.int64] | None, other: npt.NDArray[np.int64] | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
+
+
+def _ascending(positions: npt.NDArray[np.int64], seen_tokens: int) -> bool:
+    """Whether they are fewer than all positions before ``seen_tokens``, in order."""
+    if positions.dtype != np.int64 or positions.ndim != 1 or len(positions) >= seen_tokens:
+        return False
+    inside = not len(positions) or (positions[0] >= 0 and positions[-1] < seen_tokens)
+    return bool(inside and (np.diff(positions) > 0).all())

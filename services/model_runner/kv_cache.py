@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
@@ -132,32 +134,55 @@ class _Layer(CacheLayerMixin):
 
 
 class FullLayer(_Layer):
-    """Keeps every position."""
+    """Keeps every position, but those that were pruned: it then holds fewer rows than it has seen, and what comes is
+    appended to them. Every row is older than what comes, so a query sees all rows before its own."""
+
+    def __init__(self, spec: LayerSpec, capacity_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = 0
+        self._kept: npt.NDArray[np.int64] | None = None
+        self._kept_of = 0
+        super().__init__(spec, capacity_tokens, dtype, device)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64] | None:
+        """True positions of its rows; None: all that it has seen."""
+        if self._kept is None:
+            return None
+        return np.concatenate([self._kept, np.arange(self._kept_of, self.seen_tokens)])
+
+    def restore_pruned(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: npt.NDArray[np.int64], seen_tokens: int
+    ) -> None:
+        """Copy in the rows of ``positions``, which are not all before ``seen_tokens``; the layer must be empty."""
+        self.restore(keys, values, (), seen_tokens)
+        self._kept, self._kept_of = positions.copy(), seen_tokens
 
     def reserve(self, new_tokens: int) -> None:
-        needed = self.seen_tokens + new_tokens
+        needed = self._rows + new_tokens
         if needed <= self.key_storage.shape[2]:
             return
         keys, values = self.held()
         self._allocate(allocated_tokens(needed, self.capacity_tokens))
-        self.key_storage[0, :, : self.seen_tokens] = keys
-        self.value_storage[0, :, : self.seen_tokens] = values
+        self.key_storage[0, :, : self._rows] = keys
+        self.value_storage[0, :, : self._rows] = values
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        start = self.seen_tokens
+        start = self._rows
         count = key_states.shape[2]
         self.key_storage.narrow(2, start, count).copy_(key_states)
         self.value_storage.narrow(2, start, count).copy_(value_states)
-        self.seen_tokens = end = start + count
+        self._rows = end = start + count
+        self.seen_tokens += count
         return self.key_storage.narrow(2, 0, end), self.value_storage.narrow(2, 0, end)
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.key_storage[0, :, : self.seen_tokens], self.value_storage[0, :, : self.seen_tokens]
+        return self.key_storage[0, :, : self._rows], self.value_storage[0, :, : self._rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
+        # As if its rows were the last positions: they are all visible, and so are those that they stand for.
+        return self._rows + query_length, self.seen_tokens - self._rows
 
 
 class SlidingLayer(_Layer):
@@ -352,6 +377,10 @@ class TorchKVCache(KVCache):
     @property
     def length(self) -> int:
         return self.layers[0].seen_tokens
+
+    @property
+    def pruned(self) -> bool:
+        return any(isinstance(layer, FullLayer) and layer.positions is not None for layer in self.layers)
 
     @property
     def allocated_bytes(self) -> int:

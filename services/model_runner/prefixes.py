@@ -81,6 +81,8 @@ class Prefixes:
                     del self._holders[key]
                     continue
                 source = holder.state.cache
+            if source.pruned:
+                continue  # It is not what reading this beginning gives.
             forked = self._engine.fork(source, chunks * self._engine.chunk_tokens, capacity_tokens)
             if forked is not None:
                 return forked, chunks
@@ -95,7 +97,7 @@ class Prefixes:
             len(self._kept) >= KEPT_PREFIXES or self.allocated_bytes + cache.allocated_bytes > most_bytes
         ):
             self.drop_oldest()
-        if cache.allocated_bytes > most_bytes:
+        if cache.allocated_bytes > most_bytes or cache.pruned:
             return
         copy = self._engine.fork(cache, cache.length, cache.length)
         if copy is not None:

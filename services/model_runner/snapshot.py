@@ -54,9 +54,18 @@ from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import Codec, block_layouts
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.raw import Raw
-from services.model_runner.engine import Engine, LayerState, ModelSpec, OnProgress, ShouldStop, check_layers
+from services.model_runner.engine import (
+    NO_POSITIONS,
+    Engine,
+    LayerState,
+    ModelSpec,
+    OnProgress,
+    ShouldStop,
+    check_layers,
+)
 from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.intake import Intake
+from services.model_runner.positions import bitmaps_of, from_bitmaps, positions_of
 from services.model_runner.sampling import Sampler
 
 Chunk = bytes | bytearray | memoryview
@@ -112,6 +121,8 @@ class Copied(NamedTuple):
     size_bytes: int
     """Of all parts together."""
     parent: bytes = b""
+    kept: Sequence[bytes] = ()
+    """``Block.kept`` of every block of a pruned state; empty when all positions are held."""
 
 
 def copy(
@@ -133,7 +144,8 @@ def copy(
             reason="prefill not finished",
         )
     cached = len(state.tokens) - 1
-    parts = cut(engine.spec, engine.export_layers(state.cache), cached)
+    layers = engine.export_layers(state.cache)
+    parts = cut(engine.spec, layers, cached)
     if logits is not None:
         plane = np.ascontiguousarray(logits, dtype="<f4").view(np.uint8)
         parts.append(RawPart(PartPlace("logits", -(-cached // BLOCK_TOKENS) - 1), plane))
@@ -157,13 +169,23 @@ def copy(
         parts,
         sum(part.raw.nbytes for part in parts),
         parent,
+        bitmaps_of(positions_of(layers), cached),
     )
+
+
+def with_layers(copied: Copied, layers: Sequence[LayerState]) -> Copied:
+    """The same state with a cache that was pruned (``positions.prune``) in place of its own."""
+    cached = len(copied.tokens) - 1
+    logits = [part for part in copied.parts if part.place.kind == "logits"]
+    parts = [*cut(copied.spec, layers, cached), *logits]
+    size = sum(part.raw.nbytes for part in parts)
+    return copied._replace(parts=parts, size_bytes=size, kept=bitmaps_of(positions_of(layers), cached))
 
 
 def layers_of(copied: Copied) -> list[LayerState]:
     """A copied cache as whole layers, copied once more: for the self-test of a codec (``codecs.ladder.choose``), before
     it is sealed."""
-    assembly = Assembly(copied.spec, len(copied.tokens) - 1)
+    assembly = Assembly(copied.spec, len(copied.tokens) - 1, copied.kept)
     for part in copied.parts:
         if part.place.kind != "logits":
             assembly.decode(part.place, part.raw.data, Raw())
@@ -175,15 +197,18 @@ def seal(
 ) -> SnapshotManifest:
     """Encode and seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only.
 
-    ``codec`` is ``raw`` when none is given; ``certificate`` says how faithful one is that is not exact.
+    ``codec`` is ``raw`` when none is given; ``certificate`` says how faithful one is that is not exact, or a state that
+    was pruned.
     """
     codec = codec or Raw()
     ref = codec.ref
     spec, key = copied.spec, copied.key
     cached = len(copied.tokens) - 1
     tokens = np.asarray(copied.tokens, dtype="<u4").tobytes()
-    addresses = prefix_addresses(spec.digests, tokens, cached)
-    blocks = block_layouts(spec, cached)
+    addresses = prefix_addresses(spec.digests, tokens, cached, copied.kept)
+    blocks = block_layouts(spec, cached, copied.kept)
+    if copied.kept and certificate is None:
+        certificate = Certificate(0, None, None, [])
     parts: list[tuple[PartPlace, Part]] = []
     total_bytes = 0
 
@@ -210,11 +235,11 @@ def seal(
         conversation=copied.conversation,
         fingerprint=copied.fingerprint,
         kv_dtype=spec.dtype,
-        layers=_layouts(spec, cached),
+        layers=_layouts(spec, cached, copied.kept),
         states=_states(spec),
         codec=ref,
         cached_tokens=cached,
-        blocks=blocks_of(cached, parts),
+        blocks=blocks_of(cached, parts, copied.kept),
         recurrent=whole.get("recurrent"),
         logits=whole.get("logits"),
         key_id=key.id,
@@ -277,7 +302,7 @@ def why_not_exact(
     Bit-equality is promised between equal weights, configurations and fingerprints alone.
 
     Args:
-        lossy: whether a codec will do that is not exact; how close it is its certificate says.
+        lossy: whether one will do that was pruned, or a codec that is not exact; how close it is its certificate says.
         basis: of the model, for a codec that needs one.
     """
     own: ModelDigests | NumericsFingerprint
@@ -291,6 +316,8 @@ def why_not_exact(
         exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:
         return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
+    if manifest.kept and not (lossy and engine.explicit_positions):
+        return "it was pruned, so it is not exact" if engine.explicit_positions else NO_POSITIONS
     return "" if exact or lossy else f"codec {manifest.codec.name} is not exact"
 
 
@@ -355,7 +382,9 @@ def read_taken(engine: Engine, manifest: SnapshotManifest, private: PrivatePart,
     """The state whose chunks ``taken`` has taken in, all of them. Raises SnapshotRefused."""
     layers = taken.layers()
     check_layers(engine.spec, layers)
-    return Read(*_read_state(engine, manifest, private), layers, taken.logits, "", taken.codec.exact)
+    return Read(
+        *_read_state(engine, manifest, private), layers, taken.logits, "", taken.codec.exact and not manifest.kept
+    )
 
 
 def restore(engine: Engine, found: Read) -> Unpacked:
@@ -437,7 +466,7 @@ def intake(
     The layouts match the model, and the sizes the layouts, before anything is allocated. Raises SnapshotRefused.
     """
     spec = engine.spec
-    layouts = _layouts(spec, manifest.cached_tokens)
+    layouts = _layouts(spec, manifest.cached_tokens, manifest.kept)
     if manifest.kv_dtype != spec.dtype:
         raise refused(manifest, "kv_dtype", f"{manifest.kv_dtype}, the model runs in {spec.dtype}")
     if manifest.layers != layouts:
@@ -458,19 +487,22 @@ def intake(
         private.address_list(),
         key,
         find_codec(manifest.codec, basis),
-        Assembly(spec, manifest.cached_tokens),
+        Assembly(spec, manifest.cached_tokens, manifest.kept),
         lambda field, reason: refused(manifest, field, reason),
     )
 
 
-def _layouts(spec: ModelSpec, seen_tokens: int) -> list[LayerLayout]:
-    """The layers of ``spec`` after ``seen_tokens`` positions."""
+def _layouts(spec: ModelSpec, seen_tokens: int, kept: Sequence[bytes]) -> list[LayerLayout]:
+    """The layers of ``spec`` after ``seen_tokens`` positions, of which blocks have ``kept`` those."""
+    positions = from_bitmaps(kept, seen_tokens)
     return [
         LayerLayout(
             kind=layer.kind,
             kv_heads=layer.kv_heads,
             head_dim=layer.head_dim,
-            tokens=layer.held_tokens(seen_tokens),
+            tokens=(
+                len(positions) if positions is not None and layer.kind == "full" else layer.held_tokens(seen_tokens)
+            ),
             seen_tokens=seen_tokens,
             window_tokens=layer.window_tokens,
         )

@@ -36,7 +36,7 @@ from services.model_runner.engine import (
     naming_step,
 )
 from services.model_runner.fast_decode import FAMILIES, FastDecode
-from services.model_runner.kv_cache import TORCH_DTYPES, TorchKVCache, layer_tokens
+from services.model_runner.kv_cache import TORCH_DTYPES, FullLayer, TorchKVCache, layer_tokens
 from services.model_runner.model_trial import FAILURES, Kept, Settled, cache_of, settle, unusable
 from services.model_runner.products import has_bf16_products, upcast_linears
 
@@ -100,6 +100,8 @@ class TransformersEngine(Engine):
         self._fast_decode = FastDecode.of(model)
         if self._fast_decode is not None and self._fast_decode.batches:
             self.max_batch = MAX_BATCH
+        # Rotary models: a key carries its own position. Others may take it from the row that a key lies in.
+        self.explicit_positions = self._fast_decode is not None
         self._dtype = TORCH_DTYPES[spec.dtype]
         self._threads = threads
         if self._device.type == "cpu" and not has_bf16_products():
@@ -266,7 +268,9 @@ class TransformersEngine(Engine):
             recurrent = tuple(
                 _to_numpy(tensor, state.dtype) for tensor, state in zip(layer.states(), layer.spec.states, strict=True)
             )
-            states.append(LayerState(layer.spec.kind, self.spec.dtype, keys, values, layer.seen_tokens, recurrent))
+            positions = layer.positions if isinstance(layer, FullLayer) else None
+            seen = layer.seen_tokens
+            states.append(LayerState(layer.spec.kind, self.spec.dtype, keys, values, seen, recurrent, positions))
         return states
 
     def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> TorchKVCache:
@@ -279,7 +283,10 @@ class TransformersEngine(Engine):
                     _from_numpy(array, TORCH_DTYPES[own.dtype])
                     for array, own in zip(state.states, layer.spec.states, strict=True)
                 ]
-                layer.restore(keys, values, recurrent, state.seen_tokens)
+                if state.positions is not None and isinstance(layer, FullLayer):
+                    layer.restore_pruned(keys, values, state.positions, state.seen_tokens)
+                else:
+                    layer.restore(keys, values, recurrent, state.seen_tokens)
         return cache
 
     def _own(self, cache: KVCache) -> TorchKVCache:

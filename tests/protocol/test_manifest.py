@@ -139,6 +139,17 @@ def _layers(index: int, **changes: Any) -> dict[str, Any]:
         (_full(0, encoded_bytes=10 * 10**12), "blocks[0].full.encoded_bytes"),
         (_full(0, digests=bytes(31)), "blocks[0].full.digests"),
         (_full(0, digests=bytes(64)), "blocks[0].full.digests"),
+        (_blocks(0, kept=b"\x0f"), "blocks[0].kept"),
+        (_blocks(0, kept=bytes(33)), "blocks[0].kept"),
+        (_blocks(0, kept=bytes(2**16)), "blocks[0].kept"),
+        (_blocks(0, kept=b"\xff" * 32), "blocks[0].kept"),
+        (_blocks(0, kept=b"\x0f" * 32, tokens=-8), "blocks[0].kept"),
+        (_blocks(0, kept=b"\x0f" * 32, tokens=2**40), "blocks[0].kept"),
+        (_blocks(2, kept=b"\x80" * 11, tokens=87), "blocks[2].kept"),
+        (_blocks(0, kept=b"\x0f" * 32), "layers[0]"),
+        (_blocks(0, kept=b"\x01" * 32) | _layers(0, tokens=CACHED_TOKENS - 224), "blocks[0].full.encoded_bytes"),
+        (_blocks(0, kept=bytes(32)) | _layers(0, tokens=CACHED_TOKENS - 256), "blocks[0].full"),
+        (_blocks(0, kept=b"\x0f" * 32) | {"layers": LAYERS[1:]}, "blocks"),
     ],
 )
 def test_a_claim_that_does_not_add_up_is_refused_although_it_is_signed(changes: dict[str, Any], field: str) -> None:
@@ -244,6 +255,14 @@ def test_an_address_names_the_whole_prefix_and_the_model() -> None:
     for other in ({"weights": bytes(32)}, {"adapters": (bytes(32),)}):
         addresses = prefix_addresses(msgspec.structs.replace(MODEL, **other), ids, CACHED_TOKENS)
         assert not set(addresses) & set(longer)
+
+
+def test_what_is_pruned_shares_no_address_with_what_is_whole() -> None:
+    ids = open_private(SMALL.manifest, KEY).tokens
+    whole = prefix_addresses(MODEL, ids, CACHED_TOKENS)
+    pruned = prefix_addresses(MODEL, ids, CACHED_TOKENS, [b"", b"\x0f" * 32, b""])
+    assert [one == other for one, other in zip(whole, pruned, strict=True)] == [True, False, False, True]
+    assert prefix_addresses(MODEL, ids, CACHED_TOKENS, [b"", b"\x0e" * 32, b""])[1] != pruned[1]
 
 
 def test_token_ids_messages_and_addresses_are_not_in_the_clear() -> None:

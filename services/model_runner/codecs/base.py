@@ -21,6 +21,7 @@ import numpy.typing as npt
 from protocol.errors import SnapshotRefused
 from protocol.layout import BLOCK_TOKENS, CodecRef
 from services.model_runner.engine import DTYPE_BYTES, STORAGE_DTYPES, LayerState, ModelSpec
+from services.model_runner.positions import offsets_of
 
 MOST_EXACT = 255
 """Last tokens of a block that a lossy rung can keep exactly."""
@@ -39,12 +40,14 @@ class Plane(NamedTuple):
 
 
 class BlockLayer(NamedTuple):
-    """How many of a block's positions one layer holds; they are always its last ones."""
+    """How many of a block's positions one layer holds; they are its last ones, unless it was pruned."""
 
     kv_heads: int
     head_dim: int
     tokens: int
     """0 for a recurrent layer, and for a sliding one whose window has left the block."""
+    kept: bytes = b""
+    """Of a pruned layer: the bitmap of what it holds (``Block.kept``), which has ``tokens`` bits."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,10 +72,14 @@ class BlockLayout:
         values = sum(2 * layer.kv_heads * layer.tokens * layer.head_dim for layer in self.layers)
         return values * DTYPE_BYTES[self.dtype]
 
+    def offsets(self, layer: BlockLayer) -> Array:
+        """Where in the block the rows of one of its layers are, int64, ascending."""
+        return offsets_of(layer.kept) if layer.kept else np.arange(self.tokens - layer.tokens, self.tokens)
+
     def of_kind(self, spec: ModelSpec, kind: str) -> BlockLayout:
         """What a manifest's part holds of it: the layers of one kind; the others hold nothing."""
         layers = (
-            layer if own.kind == kind else layer._replace(tokens=0)
+            layer if own.kind == kind else layer._replace(tokens=0, kept=b"")
             for layer, own in zip(self.layers, spec.layers, strict=True)
         )
         return replace(self, layers=tuple(layers))
@@ -83,13 +90,20 @@ class BlockLayout:
         return [Plane(np.empty(layer.shape, dtype), np.empty(layer.shape, dtype)) for layer in self.layers]
 
 
-def block_layouts(spec: ModelSpec, seen_tokens: int) -> list[BlockLayout]:
-    """The blocks of a cache of ``spec`` after ``seen_tokens`` positions; the last may be shorter."""
+def block_layouts(spec: ModelSpec, seen_tokens: int, kept: Sequence[bytes] = ()) -> list[BlockLayout]:
+    """The blocks of a cache of ``spec`` after ``seen_tokens`` positions; the last may be shorter.
+
+    ``kept`` are the blocks' bitmaps of a pruned one (``Block.kept``), which have been checked.
+    """
     found = []
-    for position in range(0, seen_tokens, BLOCK_TOKENS):
+    for number, position in enumerate(range(0, seen_tokens, BLOCK_TOKENS)):
         tokens = min(BLOCK_TOKENS, seen_tokens - position)
+        bitmap = kept[number] if kept else b""
         layers = []
         for layer in spec.layers:
+            if bitmap and layer.kind == "full":
+                layers.append(BlockLayer(layer.kv_heads, layer.head_dim, len(offsets_of(bitmap)), bitmap))
+                continue
             first_held = seen_tokens - layer.held_tokens(seen_tokens)
             held = min(tokens, max(0, position + tokens - first_held))
             layers.append(BlockLayer(layer.kv_heads, layer.head_dim, held))
@@ -98,17 +112,22 @@ def block_layouts(spec: ModelSpec, seen_tokens: int) -> list[BlockLayout]:
 
 
 def empty_layers(
-    spec: ModelSpec, seen_tokens: int, states: Sequence[tuple[Array, ...]] | None = None
+    spec: ModelSpec,
+    seen_tokens: int,
+    states: Sequence[tuple[Array, ...]] | None = None,
+    positions: Array | None = None,
 ) -> list[LayerState]:
-    """Layers of that length, not filled; ``states`` are those of each layer, which no block holds."""
+    """Layers of that length, not filled; ``states`` are those of each layer, which no block holds. ``positions`` are
+    those that a pruned cache holds."""
     dtype = STORAGE_DTYPES[spec.dtype]
     found = []
     for at, layer in enumerate(spec.layers):
-        shape = (layer.kv_heads, layer.held_tokens(seen_tokens), layer.head_dim)
+        pruned = positions if layer.kind == "full" else None
+        held = layer.held_tokens(seen_tokens) if pruned is None else len(pruned)
+        shape = (layer.kv_heads, held, layer.head_dim)
+        keys, values = np.empty(shape, dtype), np.empty(shape, dtype)
         own = states[at] if states else ()
-        found.append(
-            LayerState(layer.kind, spec.dtype, np.empty(shape, dtype), np.empty(shape, dtype), seen_tokens, own)
-        )
+        found.append(LayerState(layer.kind, spec.dtype, keys, values, seen_tokens, own, pruned))
     return found
 
 
@@ -116,8 +135,10 @@ def block_planes(layers: Sequence[LayerState], layout: BlockLayout) -> list[Plan
     """Views of ``layers`` that hold the block of ``layout``: to encode them, or to decode into them."""
     planes = []
     for state, own in zip(layers, layout.layers, strict=True):
-        # The position of its last token, counted from the first that the layer holds.
+        # The row behind the block's last token, counted from the first that the layer holds.
         end = layout.position + layout.tokens - (state.seen_tokens - state.keys.shape[1])
+        if state.positions is not None:
+            end = int(np.searchsorted(state.positions, layout.position + layout.tokens))
         part = slice(end - own.tokens, end) if own.tokens else slice(0, 0)
         planes.append(Plane(state.keys[:, part], state.values[:, part]))
     return planes

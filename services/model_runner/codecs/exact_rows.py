@@ -37,7 +37,7 @@ def pack_rows(planes: Sequence[Plane], layout: BlockLayout, recent: int) -> byte
         array[:, part]
         for plane, layer in zip(planes, layout.layers, strict=True)
         for array in plane
-        for part in _parts(layer, layout.tokens, first, last)
+        for part in _parts(layer, layout, first, last)
     ]
     return bytes([first, last]) + pack_exact(arrays)
 
@@ -59,7 +59,7 @@ def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane], fi
         array[:, part]
         for plane, layer in zip(planes, layout.layers, strict=True)
         for array in plane
-        for part in _parts(layer, layout.tokens, first, last)
+        for part in _parts(layer, layout, first, last)
     ]
     found = unpack_exact(reader, [target.shape for target in targets], DTYPE_BYTES[layout.dtype])
     for target, array in zip(targets, found, strict=True):
@@ -68,14 +68,13 @@ def unpack_rows(reader: Reader, layout: BlockLayout, planes: Sequence[Plane], fi
     reader.end()
 
 
-def held_rows(layer: BlockLayer, tokens: int, first: int, last: int) -> slice:
+def held_rows(layer: BlockLayer, layout: BlockLayout, first: int, last: int) -> slice:
     """The rows of a layer that are not exact; none where all are."""
-    head, tail = _parts(layer, tokens, first, last)
+    head, tail = _parts(layer, layout, first, last)
     return slice(head.stop, tail.start)
 
 
-def _parts(layer: BlockLayer, tokens: int, first: int, last: int) -> tuple[slice, slice]:
-    """The first and the last exact tokens as this layer holds them: its rows are the block's last ones."""
-    missing = tokens - layer.tokens
-    held_first = max(0, first - missing)
-    return slice(0, held_first), slice(max(held_first, layer.tokens - last), layer.tokens)
+def _parts(layer: BlockLayer, layout: BlockLayout, first: int, last: int) -> tuple[slice, slice]:
+    """The block's ``first`` and ``last`` tokens, as far as this layer holds them."""
+    held_first, begin_last = np.searchsorted(layout.offsets(layer), (first, layout.tokens - last)).tolist()
+    return slice(0, held_first), slice(max(held_first, begin_last), layer.tokens)

@@ -23,6 +23,7 @@ from services.model_runner.codecs.basis import NEAR, SMALL, Basis
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.codecs.transform import Transform
 from services.model_runner.engine import Engine, LayerSpec, LayerState, ModelSpec
+from services.model_runner.positions import Positions, bitmaps_of, positions_of
 
 TEST_TOKENS = 128
 
@@ -120,7 +121,7 @@ def encode_blocks(
 ) -> list[bytes]:
     """All blocks of a cache, on the calling thread or on ``workers``."""
     seen = layers[0].seen_tokens
-    layouts = block_layouts(spec, seen)
+    layouts = block_layouts(spec, seen, bitmaps_of(positions_of(layers), seen))
     planes = [block_planes(layers, layout) for layout in layouts]
     recent = [recent_in(layout, seen) for layout in layouts]
     each = workers.map if workers is not None else map
@@ -134,16 +135,18 @@ def decode_blocks(
     seen_tokens: int,
     states: Sequence[tuple[Array, ...]] | None = None,
     workers: Executor | None = None,
+    positions: Positions | None = None,
 ) -> list[LayerState]:
-    """The cache whose blocks these are; ``states`` are those of each layer, which no block holds.
+    """The cache whose blocks these are; ``states`` are those of each layer, which no block holds; ``positions`` what a
+    pruned one holds.
 
     The caller must have checked ``seen_tokens`` against the model's context: arrays of that size are allocated.
     Raises SnapshotRefused.
     """
-    layouts = block_layouts(spec, seen_tokens)
+    layouts = block_layouts(spec, seen_tokens, bitmaps_of(positions, seen_tokens))
     if len(blocks) != len(layouts):
         raise ValueError(f"{len(blocks)} blocks for {len(layouts)} of {seen_tokens:,} tokens")
-    whole = empty_layers(spec, seen_tokens, states)
+    whole = empty_layers(spec, seen_tokens, states, positions)
     into = [block_planes(whole, layout) for layout in layouts]
     each = workers.map if workers is not None else map
     for _ in each(codec.decode, blocks, layouts, into):
@@ -259,7 +262,8 @@ def choose(
             tried.append(certificate)
             continue
         started_s = time.perf_counter()
-        decoded = decode_blocks(codec, engine.spec, blocks, layers[0].seen_tokens, workers=workers)
+        seen, held = layers[0].seen_tokens, positions_of(layers)
+        decoded = decode_blocks(codec, engine.spec, blocks, seen, workers=workers, positions=held)
         decode_s = time.perf_counter() - started_s
         measured = test.compare(decoded)
         certificate = msgspec.structs.replace(certificate, measured=measured, decode_s=decode_s)

@@ -138,7 +138,7 @@ class Transform(Codec):
     def _streams(self, layout: BlockLayout, first: int, last: int) -> list[_Stream]:
         by_rows: dict[int, list[int]] = {}
         for at, group in enumerate(self.basis.groups):
-            rows = held_rows(layout.layers[group.layers[0]], layout.tokens, first, last)
+            rows = held_rows(layout.layers[group.layers[0]], layout, first, last)
             by_rows.setdefault(rows.stop - rows.start, []).append(at)
         return [self._stream(rows, groups) for rows, groups in by_rows.items() if rows > 0]
 
@@ -173,7 +173,7 @@ class Transform(Codec):
     ) -> None:
         group = self.basis.groups[at]
         layer = layout.layers[group.layers[0]]
-        rows = held_rows(layer, layout.tokens, first, last)
+        rows = held_rows(layer, layout, first, last)
         numbers = values.T @ self._back[at]
         numbers += group.mean
         # All layers of a group are alike, and their keys turn alike.
@@ -198,7 +198,7 @@ def gather(
 ) -> Floats:
     """A group's numbers of a block, (rows, width), keys turned back; without its ``first`` and ``last`` tokens."""
     layer = layout.layers[group.layers[0]]
-    rows = held_rows(layer, layout.tokens, first, last)
+    rows = held_rows(layer, layout, first, last)
     arrays = [(planes[index].keys if group.side == KEYS else planes[index].values)[:, rows] for index in group.layers]
     heads = to_floats(np.concatenate(arrays), layout.dtype).transpose(1, 0, 2)
     if group.side == KEYS:
@@ -241,12 +241,12 @@ def waves(positions: Array, angles: Array) -> tuple[Floats, Floats]:
 
 
 def _waves_of(layout: BlockLayout, layer: BlockLayer, rows: slice, angles: Array) -> tuple[Floats, Floats]:
-    """Of a layer's ``rows``, which are among the block's last ones."""
-    begin = layout.position + layout.tokens - layer.tokens
-    return _waves_from(begin + rows.start, begin + rows.stop, angles.tobytes())
+    """Of a layer's ``rows``, by their true positions."""
+    positions = layout.position + layout.offsets(layer)[rows].astype(np.float64)
+    return _waves_at(positions.tobytes(), angles.tobytes())
 
 
 @functools.lru_cache(maxsize=8)
-def _waves_from(start: int, stop: int, angles: bytes) -> tuple[Floats, Floats]:
+def _waves_at(positions: bytes, angles: bytes) -> tuple[Floats, Floats]:
     """All groups of a block ask for the same ones."""
-    return waves(np.arange(start, stop, dtype=np.float64), np.frombuffer(angles, np.float64))
+    return waves(np.frombuffer(positions, np.float64), np.frombuffer(angles, np.float64))

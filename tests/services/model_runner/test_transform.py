@@ -20,10 +20,12 @@ from protocol.layout import CodecRef
 from services.model_runner.codecs import RUNGS, basis_digest, codec
 from services.model_runner.codecs.base import Plane, Reader, block_layouts, block_planes, number, to_floats
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis, BasisFile, read_basis, write_basis
+from services.model_runner.codecs.exact_rows import RECENT_TOKENS, SINK_TOKENS
 from services.model_runner.codecs.ladder import Asked, Usual, choose, decode_blocks, encode_blocks, fidelity, rungs
 from services.model_runner.codecs.rans import TOTAL, Run, Table, decode, encode, scaled_frequencies
 from services.model_runner.codecs.transform import Transform, turn
 from services.model_runner.engine import Engine, LayerState
+from services.model_runner.positions import prune
 
 pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
 
@@ -153,6 +155,23 @@ def test_a_calibrated_level_keeps_the_models_answers(engine: TransformersEngine,
     for own, other in zip(exact, decoded, strict=True):
         assert own.keys[:, :4].tobytes() == other.keys[:, :4].tobytes()
         assert own.values[:, -16:].tobytes() == other.values[:, -16:].tobytes()
+
+
+def test_keys_of_a_pruned_cache_are_turned_by_their_true_positions(engine: TransformersEngine, basis: Basis) -> None:
+    whole = state(engine, words(engine, LENGTH, 3))
+    kept = np.array([0, *range(3, LENGTH, 3)])
+    exact = prune(whole, kept)
+    rung = Transform(basis)
+    decoded = decode_blocks(rung, engine.spec, encode_blocks(rung, engine.spec, exact), LENGTH, positions=kept)
+    expected = prune(decode_blocks(rung, engine.spec, encode_blocks(rung, engine.spec, whole), LENGTH), kept)
+    for pruned, other, own in zip(decoded, expected, exact, strict=True):
+        for one, two in ((pruned.keys, other.keys), (pruned.values, other.values)):
+            found, wanted = (to_floats(each, engine.spec.dtype) for each in (one, two))
+            # A product of other rows may round otherwise in its last bits.
+            np.testing.assert_allclose(found, wanted, atol=0.02 * float(wanted.std()))
+        held_first, held_last = int((kept < SINK_TOKENS).sum()), int((kept >= LENGTH - RECENT_TOKENS).sum())
+        np.testing.assert_array_equal(pruned.keys[:, :held_first], own.keys[:, :held_first])
+        np.testing.assert_array_equal(pruned.keys[:, -held_last:], own.keys[:, -held_last:])
 
 
 def test_numbers_that_no_table_has_come_back_all_the_same(engine: TransformersEngine, basis: Basis) -> None:
