@@ -463,6 +463,8 @@ class ModelSnapshot(msgspec.Struct, omit_defaults=True):
     """Names a checkpoint: the conversation can be restored from it, and branched, as ``conversation@label``."""
     wishes: SnapshotWishes | None = None
     """None: raw, exact, all of it."""
+    run: Name = ""
+    """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
 
 
 class SnapshotTranscode(msgspec.Struct, omit_defaults=True):
@@ -471,6 +473,8 @@ class SnapshotTranscode(msgspec.Struct, omit_defaults=True):
     snapshot: SnapshotId
     wishes: SnapshotWishes
     label: Label = ""
+    run: Name = ""
+    """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
 
 
 class SnapshotFidelity(msgspec.Struct, omit_defaults=True):
@@ -524,6 +528,10 @@ class ModelResume(msgspec.Struct, omit_defaults=True):
     """Whether KV will do that is not exact; how close it is its certificate says."""
     most_kl: Annotated[float, Meta(ge=0)] = 0.02
     least_top1: Share = 0.94
+    keep: bool = True
+    """Whether it is kept on disk, as one of the node's conversations; else it goes when its memory is wanted."""
+    run: Name = ""
+    """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
 
 
 class HandoffPhases(msgspec.Struct, omit_defaults=True):
@@ -583,25 +591,25 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
 
 
 class ModelStep(msgspec.Struct, omit_defaults=True):
-    """One step of a conversation, by hand: what could come next, after taking tokens, or going back."""
+    """One step of a conversation, by hand: what could come next, after taking tokens, or going back.
+
+    It begins as the conversation of that name that is in memory, as a fork of ``source``, or with ``text``."""
 
     conversation: Name
+    source: str = ""
+    """The conversation to fork, at the first step."""
     take: Annotated[list[Count], Meta(max_length=4096)] = []
     """Token ids to append, the first being what comes next."""
     text: Annotated[str, Meta(max_length=64 * KIB)] = ""
     """Text to append, where no tokens are given."""
-    back: Annotated[int, Meta(ge=0, le=4096)] = 0
+    back: Annotated[int, Meta(ge=0)] = 0
     """So many tokens are taken back first."""
     top: Annotated[int, Meta(ge=1, le=100)] = 10
-
-
-class StepChoice(msgspec.Struct):
-    """One token that could come next."""
-
-    token: int
-    text: str
-    logprob: float
-    """Natural logarithm, before sampling settings."""
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """Of the sampler of one that begins with a text; 0 takes the likeliest."""
+    seed: Count = 0
+    end: bool = False
+    """Let it go: unless it was kept before, it is gone."""
 
 
 class ModelStepped(msgspec.Struct, omit_defaults=True):
@@ -611,15 +619,29 @@ class ModelStepped(msgspec.Struct, omit_defaults=True):
     tokens: int
     """In it, the pending one included."""
     text: str
-    """The end of it, at most 400 characters."""
-    choices: list[StepChoice]
-    """The likeliest first."""
+    """The end of it, at most 400 characters, special tokens written out."""
+    choices: list[TokenChance]
+    """What could come next, the likeliest first; empty when the context is full."""
     entropy: float
     """Of the next token's distribution, nats."""
     sampled: int
-    """The token that its sampler would take."""
+    """The token that its sampler would take; -1 when the context is full."""
     kept: int = 0
     """So many tokens can be taken back."""
+    ended: bool = False
+    """Whether the last token ends the answer."""
+    note: str = ""
+    """What else there is to know of this step."""
+
+
+class SnapshotProgress(msgspec.Struct):
+    """How far a save or a fetch is; what is lost of it is not said again."""
+
+    phase: str
+    """What is being done: ``encode``, ``write``, ``fetch``, ``decode``, ``read`` (tokens)."""
+    done_bytes: Count
+    """Of ``read``: tokens."""
+    total_bytes: Count
 
 
 class SnapshotMoment(msgspec.Struct, omit_defaults=True):
@@ -909,6 +931,7 @@ _ROWS: tuple[MessageRow, ...] = (
         max_bytes=4 * KIB,
         ask=AskRow("model_runner", "transcode", "snapshot.saved"),
     ),
+    _row("snapshot.progress", SnapshotProgress, topics.SNAPSHOT_PROGRESS),
     _row("snapshot.saved", SnapshotSaved, topics.REPLY, max_bytes=8 * KIB),
     _row(
         "snapshot.timeline.ask",

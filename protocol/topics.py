@@ -141,6 +141,8 @@ POOL_WITNESS = Topic(
     "{node}/pool/witness",
     "whether the node agrees with an entry of the pool that it has read itself",
     4 * KIB,
+SNAPSHOT_PROGRESS = Topic(
+    "snapshot_progress", "{node}/snapshot/run/{run}/progress", "how far a save or a fetch is", 1 * KIB
 )
 BLOB = Topic("blob", "{node}/blob/{transfer}", "chunks of a blob on the way to the one who pulled it", 516 * KIB)
 ASK = Topic(
@@ -171,6 +173,7 @@ TOPICS: tuple[Topic, ...] = (
     SNAPSHOT_ANNOUNCE,
     POOL_HAVE,
     POOL_WITNESS,
+    SNAPSHOT_PROGRESS,
     BLOB,
     ASK,
     REPLY,

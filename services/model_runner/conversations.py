@@ -214,6 +214,11 @@ class Conversations:
         record = self._record("conversations", name)
         return None if record is None else self.hold(self._of(name, record))
 
+    def kept(self, name: str) -> Conversation | None:
+        """A conversation as it is on disk, its cache empty; it is not taken into memory. The caller's to close."""
+        record = self._record("conversations", name)
+        return None if record is None else self._of(name, record)
+
     def get(self, name: str) -> Conversation:
         """Like find(); raises ConversationUnknown."""
         found = self.find(name)

@@ -7,6 +7,7 @@ fetching a snapshot from another node has a thread of its own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,9 +40,11 @@ from protocol.messages import (
     ModelGenerate,
     ModelResume,
     ModelSnapshot,
+    ModelStep,
     RunDone,
     RunToken,
     SnapshotManifestAsk,
+    SnapshotProgress,
 )
 from protocol.sharing import share
 from services.model_runner import engines
@@ -56,6 +59,7 @@ from services.model_runner.resuming import Resuming
 from services.model_runner.rounds import Loaded, Rounds
 from services.model_runner.saving import Saving
 from services.model_runner.saying import Sayer
+from services.model_runner.stepping import Stepping
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -97,6 +101,7 @@ class ModelRunner(Service):
         self.embeddings = Embeddings(self.config.model)
         self.saving = Saving(self.context, self.bus, self.worker, self.store)
         self.resuming = Resuming(self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping)
+        self.stepping = Stepping(self.worker, self._report)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
     def started(self) -> None:
@@ -112,10 +117,14 @@ class ModelRunner(Service):
         self.embeddings.stop()
         self.resuming.stop()
         self.saving.stop()
+        self.stepping.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.blob_bus.stop()
         self.db.close()
+
+    def tick(self) -> None:
+        self.stepping.tick()
 
     def condition(self) -> tuple[str, str]:
         if self.worker.loaded is not None:
@@ -288,6 +297,14 @@ class ModelRunner(Service):
             self.bus.counters.add("dropped.token")
             log.warning("a token of run %s could not be said: %s", run, error)
 
+    def say_progress(self, run: str, said: SnapshotProgress) -> None:
+        """Of a save or a fetch; on any thread."""
+        self.sayer.say(lambda: self._publish_progress(run, said), droppable=True)
+
+    def _publish_progress(self, run: str, said: SnapshotProgress) -> None:
+        with contextlib.suppress(MindstreamError):
+            self.bus.say(said, run=run, timeout_s=2.0)
+
     def _end_of_run(self, identifier: str, done: Future[RunDone], answer: Deferred) -> None:
         """On the worker's thread: the end is said after the run's tokens."""
         self.sayer.say(lambda: self._publish_end(identifier, done, answer), droppable=False)
@@ -327,6 +344,11 @@ class ModelRunner(Service):
         if self.worker.unavailable is not None:
             raise self.worker.unavailable.with_traceback(None)
         return _deferred(self.resuming.resume(message))
+
+    @hears(ModelStep)
+    def step(self, message: Received) -> Deferred:
+        """Move a conversation by hand, between two tokens of the others; answered with what could come next."""
+        return _deferred(self.stepping.step(message.data))
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:

@@ -85,13 +85,13 @@ from protocol.messages import (
     SnapshotFidelity,
     SnapshotManifestAsk,
     SnapshotMoment,
+    SnapshotProgress,
     SnapshotSaved,
     SnapshotTimeline,
     SnapshotTimelineAsk,
     SnapshotTranscode,
     SnapshotWishes,
     Speaker,
-    StepChoice,
     TokenChance,
     Usage,
 )
@@ -449,8 +449,11 @@ VALUES: dict[str, msgspec.Struct] = {
         conversation="garden",
         label="before the frost",
         wishes=SnapshotWishes(codec="auto", most_kl=0.01, least_top1=0.95, prune="last:512", budget_ratio=10.0),
+        run=RUN_ID,
     ),
-    "snapshot.transcode": SnapshotTranscode(snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small"),
+    "snapshot.transcode": SnapshotTranscode(
+        snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small", run=RUN_ID
+    ),
     "snapshot.timeline.ask": SnapshotTimelineAsk(conversation="garden"),
     "snapshot.timeline": SnapshotTimeline(
         conversation="garden",
@@ -471,15 +474,28 @@ VALUES: dict[str, msgspec.Struct] = {
             )
         ],
     ),
-    "model.step": ModelStep(conversation="garden", take=[260, 11], text="under", back=2, top=3),
+    "model.step": ModelStep(
+        conversation="step-1",
+        source="garden",
+        take=[260, 11],
+        text="under",
+        back=2,
+        top=3,
+        temperature=0.5,
+        seed=7,
+        end=True,
+    ),
+    "snapshot.progress": SnapshotProgress(phase="fetch", done_bytes=1000, total_bytes=len(CHUNK)),
     "model.stepped": ModelStepped(
-        conversation="garden",
+        conversation="step-1",
         tokens=5,
         text="The key is under",
-        choices=[StepChoice(token=260, text=" the", logprob=-0.125)],
+        choices=[TokenChance(token=260, text=" the", logprob=-0.125)],
         entropy=0.75,
         sampled=260,
         kept=2,
+        ended=True,
+        note="3 tokens were read again",
     ),
     "snapshot.saved": SnapshotSaved(
         snapshot=SNAPSHOT,
@@ -504,6 +520,8 @@ VALUES: dict[str, msgspec.Struct] = {
         lossy=True,
         most_kl=0.01,
         least_top1=0.95,
+        keep=False,
+        run=RUN_ID,
     ),
     "model.resumed": ModelResumed(
         conversation="garden-2",

@@ -1,0 +1,38 @@
+"""Telling whoever asked how far a long save or fetch has come. What is said may be dropped: the answer comes anyway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from protocol.messages import SnapshotProgress
+
+EVERY_S = 0.2
+
+Phase = str
+OnBytes = Callable[[Phase, int, int], None]
+"""Called with what is being done, the bytes that are done, and those of all."""
+Say = Callable[[str, SnapshotProgress], None]
+"""Called with the run and what is to be said of it; it must not take long."""
+
+
+def silent(_phase: Phase, _done_bytes: int, _total_bytes: int) -> None:
+    """For those who do not ask."""
+
+
+def telling(run: str, say: Say) -> OnBytes:
+    """Says of ``run`` now and then how far it is: every phase's beginning and end, and at most five times a second in
+    between. Silent without a run."""
+    if not run:
+        return silent
+    phase_now, said_s = "", 0.0
+
+    def on_bytes(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        nonlocal phase_now, said_s
+        now_s = time.monotonic()
+        if phase == phase_now and done_bytes < total_bytes and now_s - said_s < EVERY_S:
+            return
+        phase_now, said_s = phase, now_s
+        say(run, SnapshotProgress(phase, done_bytes, max(done_bytes, total_bytes)))
+
+    return on_bytes
