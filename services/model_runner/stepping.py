@@ -213,7 +213,8 @@ class Stepping:
     def _append(self, loaded: Loaded, stepped: _Stepped, tokens: list[int]) -> None:
         """Each is a token of the present answer, and takes the draw that its sampling would have taken."""
         state, engine = stepped.state, loaded.engine
-        engine.check_tokens(state.cache, [*state.tokens[state.cache.length :], *tokens])
+        # The last one will be pending, and takes no room; the one that is pending now was looked at before.
+        engine.check_tokens(state.cache, [*state.tokens[state.cache.length + 1 :], *tokens])
         if stepped.ahead is not None:
             if _can_be_cut(engine):
                 state.cache.close()
