@@ -141,6 +141,7 @@ POOL_WITNESS = Topic(
     "{node}/pool/witness",
     "whether the node agrees with an entry of the pool that it has read itself",
     4 * KIB,
+)
 SNAPSHOT_PROGRESS = Topic(
     "snapshot_progress", "{node}/snapshot/run/{run}/progress", "how far a save or a fetch is", 1 * KIB
 )
