@@ -13,6 +13,7 @@ import msgspec
 
 from edge.docs_text import plain, table
 from protocol import (
+    basis_manifest,
     built_manifest,
     codec,
     entries,
@@ -34,6 +35,7 @@ SOURCES: tuple[ModuleType, ...] = (
     layout,
     sealing,
     provenance,
+    basis_manifest,
     built_manifest,
     group_key,
     pool,

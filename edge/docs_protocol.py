@@ -11,6 +11,7 @@ from edge.docs_fields import SOURCES, Fields
 from edge.docs_text import GENERATED, plain, table
 from edge.replies import MARGIN_S, MAX_KEPT_BYTES
 from protocol import codec, errors
+from protocol.basis_manifest import MAX_BASIS_BYTES, BasisManifest
 from protocol.built_manifest import MAX_FILES, MAX_MODEL_BYTES, BuiltManifest
 from protocol.clock import COUNTER_BITS, MAX_DRIFT_MS
 from protocol.entries import (
@@ -23,7 +24,14 @@ from protocol.entries import (
     MemoryContent,
 )
 from protocol.errors import MindstreamError
-from protocol.identity import DIGEST_BYTES, DOMAIN_BUILT_MODEL, DOMAIN_ENTRY, DOMAIN_MANIFEST, SIGNATURE_BYTES
+from protocol.identity import (
+    DIGEST_BYTES,
+    DOMAIN_BASIS,
+    DOMAIN_BUILT_MODEL,
+    DOMAIN_ENTRY,
+    DOMAIN_MANIFEST,
+    SIGNATURE_BYTES,
+)
 from protocol.layout import MAX_SNAPSHOT_BYTES
 from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, PrivatePart, SnapshotManifest
 from protocol.messages import MESSAGES
@@ -159,6 +167,13 @@ Each file is cut, by itself, into chunks of {chunk:,} bytes, its last one shorte
 order, are those of the manifest. It is refused unless its names are plain (no folder, no dot at the beginning, no two
 alike), `total_bytes` is the sum of the files, `chunks` has a digest for each chunk, and `build` is the reader's own.
 
+### Manifests of bases
+A [SignedBasis](#signedbasis) has the msgpack of the manifest of a model's basis ([codecs](codecs.md#transform)), and
+the `signature` by its `creator`, over `{domain_basis}` and these bytes. Who passes a basis on signs it again.
+
+{basis_manifest}
+The file's bytes are cut into chunks of {chunk:,} bytes, the last one shorter.
+
 ## How memories spread
 A node says its own new entries on `memory/log`, each committed before. What was missed is found and asked for:
 `memory/have` is retained, and its `digest` is BLAKE3 with 64 bytes of output over the msgpack arrays `[node, scope,
@@ -179,6 +194,7 @@ message; with `more` the rest is to be asked for. Entries may come twice, and be
 
 A built model travels in the same way: `model.built.ask` gets its signed manifest, and `blob.pull` names in `snapshot`
 the BLAKE3 of that manifest's bytes, in hexadecimal. Then every file is checked by its SHA-256, and against the card.
+So does a basis, after `model.basis.ask`.
 
 Chunks may come twice and in any order. A cut transfer goes on with the bitmap of what is here. A snapshot's chunks are
 sealed; all but the last of a part have {chunk:,} bytes.
@@ -222,6 +238,7 @@ def protocol_page() -> str:
             domain_entry=_shown(DOMAIN_ENTRY),
             domain_manifest=_shown(DOMAIN_MANIFEST),
             domain_built=_shown(DOMAIN_BUILT_MODEL),
+            domain_basis=_shown(DOMAIN_BASIS),
             entry_header=fields.table(EntryHeader),
             memory_content=fields.table(MemoryContent),
             manifest=fields.table(SnapshotManifest),
@@ -229,6 +246,7 @@ def protocol_page() -> str:
             wrap=fields.table(KeyWrap),
             statement=fields.table(Statement),
             built_manifest=fields.table(BuiltManifest),
+            basis_manifest=fields.table(BasisManifest),
             hlc_ms=64 - COUNTER_BITS,
             hlc_counter=COUNTER_BITS,
             drift=MAX_DRIFT_MS / 1000,
@@ -295,6 +313,7 @@ def _limits() -> str:
         ("chunk", f"{MAX_CHUNK_BYTES:,} bytes"),
         ("all chunks of a snapshot", f"{MAX_SNAPSHOT_BYTES:,} bytes"),
         ("all files of a built model", f"{MAX_MODEL_BYTES:,} bytes, {MAX_FILES} files"),
+        ("basis of a model", f"{MAX_BASIS_BYTES:,} bytes"),
         ("topic", "512 characters"),
     ]
     return table(("what", "at most"), rows)

@@ -31,6 +31,7 @@ SIGNATURE_BYTES = 64
 DOMAIN_ENTRY = b"mindstream/v1/entry\0"
 DOMAIN_MANIFEST = b"mindstream/v1/manifest\0"
 DOMAIN_BUILT_MODEL = b"mindstream/v1/built-model\0"
+DOMAIN_BASIS = b"mindstream/v1/basis\0"
 DOMAIN_SEALING_KEY = b"mindstream/v1/sealing-key\0"
 DOMAIN_WRAP = b"mindstream/v1/wrap\0"
 DOMAIN_STATEMENT = b"mindstream/v1/statement\0"

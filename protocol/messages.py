@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from protocol import topics
+from protocol.basis_manifest import SignedBasis
 from protocol.built_manifest import SignedBuiltManifest
 from protocol.entries import SignedEntry
 from protocol.errors import ErrorInfo, UnknownType
@@ -761,11 +762,25 @@ class ModelBuiltAsk(msgspec.Struct, omit_defaults=True):
     """ONNX Runtime provider that its graph is for."""
 
 
+class ModelBasisAsk(msgspec.Struct, omit_defaults=True):
+    """Ask for the signed manifest of a model's basis, for the codec ``transform``; its chunks are then pulled."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    """Its name, for people."""
+    tokenizer: Digest
+    config: Digest
+    weights: Annotated[bytes, Meta(max_length=32)] = b""
+    """Digests of the asker's model. All builds of one model have a basis in common: other weights are no hindrance."""
+    adapters: Annotated[list[Digest], Meta(max_length=64)] = []
+    basis: Annotated[bytes, Meta(max_length=32)] = b""
+    """BLAKE3 of the one that is wanted; empty: any of that model."""
+
+
 class BlobPull(msgspec.Struct):
-    """Let a holder send chunks of a snapshot or a built model on ``blob/{transfer}``; sent again for more credit."""
+    """Let a holder send chunks of what it holds on ``blob/{transfer}``; sent again for more credit."""
 
     snapshot: SnapshotId
-    """The snapshot's id, or the built model's: BLAKE3 of its manifest, 64 hex digits."""
+    """The snapshot's id, or the built model's or basis': BLAKE3 of its manifest, 64 hex digits."""
     transfer: Name
     """UUIDv7 chosen by the receiver, who subscribes first."""
     have: Annotated[bytes, Meta(max_length=64 * KIB)]
@@ -993,6 +1008,14 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "built", "model.built"),
     ),
     _row("model.built", SignedBuiltManifest, topics.REPLY),
+    _row(
+        "model.basis.ask",
+        ModelBasisAsk,
+        topics.ASK,
+        max_bytes=8 * KIB,
+        ask=AskRow("model_runner", "basis", "model.basis"),
+    ),
+    _row("model.basis", SignedBasis, topics.REPLY),
     _row(
         "blob.pull",
         BlobPull,

@@ -264,3 +264,50 @@ def rm(snapshot: IdArgument, json: JsonOption = False) -> None:
         print_json({"snapshot": identifier, "freed_bytes": freed_bytes})
     else:
         print(f"{identifier[:12]} is removed, {freed_bytes / 1e6:,.1f} MB are free")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="The model. Default: model.name.")] = "",
+    holder: Annotated[
+        str, typer.Option("--from", help="Fetch it from that node, which has it, rather than make it.", metavar="NODE")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """Make a model's basis: what the smallest codec, transform, knows of it beforehand.
+
+    Once a model, some minutes; other nodes can then fetch it. Signed, and kept in the cache of models.
+    """
+    import importlib
+    import sys
+
+    import msgspec
+
+    from edge.cli.context import EXIT_INTERRUPTED, connected, expect_service
+    from edge.keys import Peers, load_or_create_identity
+
+    config = load()
+    settings = msgspec.structs.replace(config.model, **({"name": model} if model else {}))
+    folder = config.node.folder()
+    identity = load_or_create_identity(folder, config.node.name)
+
+    def say(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    work = importlib.import_module("services.model_runner.calibration")
+    try:
+        if holder:
+            with connected(config) as bus:
+                expect_service(bus, holder, "model_runner")
+                made = work.fetch(settings, bus, bus, Peers(folder, identity).keyring(), holder, say=say)
+        else:
+            made = work.make(settings, identity, say=say, cache_dir=folder / "model_runner")
+    except KeyboardInterrupt:
+        say("stopped: nothing is kept")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if json:
+        print_json(made)
+        return
+    print(f"the basis of {made.model}, {made.size_bytes / 1e6:.1f} MB from {made.tokens:,} tokens, is {made.path}")
+    for level in made.levels:
+        print(f"  {level.name}: ratio {level.ratio:.1f}, mean KL {level.mean_kl:.4f}, top-1 {level.top1:.3f}")

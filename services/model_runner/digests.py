@@ -77,6 +77,11 @@ def model_digests(
     return ModelDigests(weights=whole, tokenizer=_tokenizer_digest(folder), config=_config_digest(folder))
 
 
+def shared_digests(folder: Path) -> ModelDigests:
+    """What all builds of a model have in common, without reading its weights: ``weights`` is empty."""
+    return ModelDigests(weights=b"", tokenizer=_tokenizer_digest(folder), config=_config_digest(folder))
+
+
 def _tokenizer_digest(folder: Path) -> bytes:
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         path = folder / name

@@ -13,6 +13,7 @@ import msgspec
 from blake3 import blake3
 
 from protocol import codec, entries
+from protocol.basis_manifest import SignedBasis, sign_basis
 from protocol.built_manifest import BuiltFile, BuiltManifest, SignedBuiltManifest, seal_built
 from protocol.entries import GENESIS, MemoryContent, Origin, SignedEntry, entry_hash, seal
 from protocol.errors import ErrorInfo
@@ -56,6 +57,7 @@ from protocol.messages import (
     MemoryVector,
     MemoryVectorAsk,
     MessageRow,
+    ModelBasisAsk,
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
@@ -279,6 +281,7 @@ BUILT_MANIFEST = BuiltManifest(
     chunks=b"".join(map(digest, BUILT_FILES.values())),
 )
 SIGNED_BUILT_MANIFEST: SignedBuiltManifest = seal_built(SPROUT, BUILT_MANIFEST)
+SIGNED_BASIS: SignedBasis = sign_basis(SPROUT, "smollm2-135m-instruct", MANIFEST.digests, b"basis")
 
 ERROR = ErrorInfo(
     code="conversation_unknown",
@@ -563,6 +566,15 @@ VALUES: dict[str, msgspec.Struct] = {
     "pool.entries": PoolEntries(
         entries=[SIGNED_POOL_ENTRY], bundle=digest(bytes.fromhex(entry_id(SIGNED_POOL_ENTRY))).hex()
     ),
+    "model.basis.ask": ModelBasisAsk(
+        model="smollm2-135m-instruct",
+        tokenizer=MANIFEST.digests.tokenizer,
+        config=MANIFEST.digests.config,
+        weights=MANIFEST.digests.weights,
+        adapters=list(MANIFEST.digests.adapters),
+        basis=digest(b"basis"),
+    ),
+    "model.basis": SIGNED_BASIS,
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
     "blob.chunk": BlobChunk(index=0, data=SEALED_FULL),

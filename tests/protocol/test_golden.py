@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import codec, entries, manifest
+from protocol.basis_manifest import SignedBasis, open_basis
 from protocol.built_manifest import SignedBuiltManifest, open_built
 from protocol.entries import SignedEntry
 from protocol.errors import MalformedMessage, MindstreamError, ProtocolError
@@ -235,6 +236,9 @@ def test_one_bit_changed_anywhere_in_a_signed_thing_is_found() -> None:
         for changed in flipped(getattr(values.SIGNED_BUILT_MANIFEST, name)):
             with pytest.raises(MindstreamError):
                 open_built(msgspec.structs.replace(values.SIGNED_BUILT_MANIFEST, **{name: changed}), KEYRING)
+        for changed in flipped(getattr(values.SIGNED_BASIS, name)):
+            with pytest.raises(MindstreamError):
+                open_basis(msgspec.structs.replace(values.SIGNED_BASIS, **{name: changed}), KEYRING)
 
 
 # --- bytes that were damaged on the way -------------------------------------------------------------------
@@ -252,6 +256,8 @@ def survive(row: MessageRow, payload: bytes) -> bool:
         _harmless(lambda: manifest.open_manifest(data, KEYRING))
     if isinstance(data, SignedBuiltManifest):
         _harmless(lambda: open_built(data, KEYRING))
+    if isinstance(data, SignedBasis):
+        _harmless(lambda: open_basis(data, KEYRING))
     return True
 
 

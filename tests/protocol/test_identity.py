@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import BadSignature, TrustError, UnknownPeer
 from protocol.identity import (
+    DOMAIN_BASIS,
     DOMAIN_BUILT_MODEL,
     DOMAIN_ENTRY,
     DOMAIN_MANIFEST,
@@ -51,7 +52,7 @@ def test_a_signature_is_valid_for_its_node_use_and_bytes_alone() -> None:
 
 def test_bytes_cannot_move_between_domain_and_payload() -> None:
     keyring = Keyring({"tomato": TOMATO.fingerprint})
-    domains = (DOMAIN_ENTRY, DOMAIN_MANIFEST, DOMAIN_BUILT_MODEL)
+    domains = (DOMAIN_ENTRY, DOMAIN_MANIFEST, DOMAIN_BUILT_MODEL, DOMAIN_BASIS)
     assert not any(a != b and a.startswith(b) for a in domains for b in domains)
     assert DOMAIN_ENTRY.endswith(b"\0")
     assert DOMAIN_ENTRY.count(b"\0") == 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from protocol.basis_manifest import MAX_BASIS_BYTES
 from protocol.errors import SnapshotRefused
 from protocol.identity import digest
 from protocol.manifest import ModelDigests
@@ -20,7 +21,6 @@ from services.model_runner.codecs.rans import Table
 from services.model_runner.engine import ModelSpec
 
 BASIS_VERSION = 1
-MAX_BASIS_BYTES = 256 * 1024 * 1024
 KEYS, VALUES = "keys", "values"
 NEAR, SMALL = "near", "small"
 """Levels that calibration makes: nearly lossless, and smaller at a difference that shows."""
@@ -130,14 +130,7 @@ def read_basis(data: bytes, spec: ModelSpec) -> Basis:
 
     Raises SnapshotRefused, naming the field, when it is damaged, or of a model of another shape or tokenizer.
     """
-    if len(data) > MAX_BASIS_BYTES:
-        raise _refuse("size", f"{len(data):,} bytes, limit {MAX_BASIS_BYTES:,}")
-    try:
-        file = msgspec.msgpack.decode(data, type=BasisFile)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _refuse("file", str(error)) from None
-    if file.version != BASIS_VERSION:
-        raise _refuse("version", f"{file.version}, this version reads {BASIS_VERSION}")
+    file = file_of(data)
     if file.digests.tokenizer != spec.digests.tokenizer:
         raise _refuse("digests.tokenizer", f"it is {file.model}'s, not {spec.name}'s")
     if file.layers != [(layer.kv_heads, layer.head_dim) for layer in spec.layers]:
@@ -148,6 +141,19 @@ def read_basis(data: bytes, spec: ModelSpec) -> Basis:
     _check_cover(file, groups, spec)
     levels = {row.name: _level(row, file.groups) for row in file.levels}
     return Basis(file, digest(data), len(data), groups, levels, _angles(file, spec))
+
+
+def file_of(data: bytes) -> BasisFile:
+    """The file in ``data``, not checked against any model. Raises SnapshotRefused."""
+    if len(data) > MAX_BASIS_BYTES:
+        raise _refuse("size", f"{len(data):,} bytes, limit {MAX_BASIS_BYTES:,}")
+    try:
+        file = msgspec.msgpack.decode(data, type=BasisFile)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _refuse("file", str(error)) from None
+    if file.version != BASIS_VERSION:
+        raise _refuse("version", f"{file.version}, this version reads {BASIS_VERSION}")
+    return file
 
 
 def _refuse(field: str, reason: str) -> SnapshotRefused:

@@ -14,6 +14,7 @@ from services.model_runner.build_check import load_texts
 
 MAX_CHARACTERS = 9_000
 """Of each text: some 2,000 tokens, so that no kind outweighs the others."""
+TEXT_TOKENS = 2_048
 _MODULES = ("textwrap", "statistics", "shelve", "cmd")
 _PACKAGES = ("rich", "typer", "psutil", "tqdm")
 
