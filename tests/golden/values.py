@@ -571,7 +571,7 @@ VALUES: dict[str, msgspec.Struct] = {
         tokenizer=MANIFEST.digests.tokenizer,
         config=MANIFEST.digests.config,
         weights=MANIFEST.digests.weights,
-        adapters=list(MANIFEST.digests.adapters),
+        adapters=[digest(b"adapter")],
         basis=digest(b"basis"),
     ),
     "model.basis": SIGNED_BASIS,
