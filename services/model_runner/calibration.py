@@ -19,7 +19,8 @@ from protocol.basis_manifest import sign_basis
 from protocol.errors import ModelUnavailable
 from protocol.identity import Identity, Keyring, digest
 from services.model_runner import engines
-from services.model_runner.bases import ask_for, fetch_basis, keep_basis
+from services.model_runner.bases import keep_basis
+from services.model_runner.basis_sharing import ask_for, fetch_basis
 from services.model_runner.codecs.basis import file_of
 from services.model_runner.digests import shared_digests
 
@@ -98,7 +99,7 @@ def fetch(
 ) -> BasisMade:
     """The basis of the model that ``settings`` name, from the node ``holder``.
 
-    Raises ModelUnavailable when the model is not here; and what ``bases.fetch_basis`` raises.
+    Raises ModelUnavailable when the model is not here; and what ``basis_sharing.fetch_basis`` raises.
     """
     started_s = time.monotonic()
     folder = engines.choose(settings, on_progress=say).folder

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from edge.blobs import BlobSender
+from edge.blobs import BlobSender, Held
 from edge.bus import Deferred
 from edge.db import open_database
 from edge.model_registry import default_cache_folder
@@ -33,6 +33,7 @@ from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest
 from protocol.messages import (
     BlobPull,
     BlobPulling,
+    ModelBasisAsk,
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
@@ -49,9 +50,12 @@ from protocol.messages import (
 from protocol.sharing import share
 from services.model_runner import engines
 from services.model_runner.answers import Run
+from services.model_runner.bases import find_basis
+from services.model_runner.basis_sharing import BasisFetcher, BasisShelf
+from services.model_runner.codecs.basis import Basis
 from services.model_runner.conversations import CONVERSATIONS, Conversations, Evicted
 from services.model_runner.embedding import Embeddings
-from services.model_runner.engine import Engine
+from services.model_runner.engine import Engine, ModelSpec
 from services.model_runner.heat import HeatWatch
 from services.model_runner.memory import MIB, free_memory, kv_budget
 from services.model_runner.parking import Parking
@@ -94,7 +98,10 @@ class ModelRunner(Service):
         self.store = SnapshotStore(self.context.data_dir / "snapshots")
         self._read_manifest = lru_cache(maxsize=16)(self._open_stored)
         self.shelf = BuiltShelf(default_cache_folder(), self.context.identity)
-        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self.shelf.held)
+        keyring = self.context.peers.keyring
+        self.basis_shelf = BasisShelf(self.context.identity, keyring)
+        self.basis_fetcher = BasisFetcher(self.bus, self.blob_bus, keyring, self.stopping)
+        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self._held)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
@@ -116,6 +123,7 @@ class ModelRunner(Service):
         self.sayer.stop()
         self.embeddings.stop()
         self.resuming.stop()
+        self.basis_fetcher.stop()
         self.saving.stop()
         self.stepping.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
@@ -154,6 +162,7 @@ class ModelRunner(Service):
             "dtype": spec.dtype,
             "dtype_reason": spec.dtype_reason,
             **embedding,
+            **({"basis": basis.digest.hex()} if (basis := self.basis_of(spec)) is not None else {}),
             "queued": self.worker.queued,
             "running": len(answering),
             "batch_mean": round(rounds.totals.batch_mean, 2),
@@ -163,6 +172,10 @@ class ModelRunner(Service):
             **({"answering": answering[:ANSWERING_SHOWN]} if answering else {}),
             **({"tokens_per_s": round(usage.tokens_per_s, 1)} if usage else {}),
         }
+
+    def basis_of(self, spec: ModelSpec, wanted: bytes = b"") -> Basis | None:
+        """The model's basis for the codec transform, as far as trusted nodes signed it: see ``find_basis``."""
+        return find_basis(spec, wanted, keyring=self.context.peers.keyring())
 
     def _heat_details(self) -> dict[str, Any]:
         heat = self.heat.last
@@ -369,10 +382,18 @@ class ModelRunner(Service):
         ask: ModelBuiltAsk = message.data
         return _deferred(self._digesters.submit(self.shelf.manifest, ask.name, ask.precision, ask.provider))
 
+    @hears(ModelBasisAsk)
+    def basis(self, message: Received) -> Deferred:
+        """The signed manifest of a basis in this node's cache, on that thread too."""
+        return _deferred(self._digesters.submit(self.basis_shelf.manifest, message.data))
+
     @hears(BlobPull)
     def pull(self, message: Received) -> BlobPulling:
-        """Send chunks of a snapshot, or of a built model, that this node holds."""
+        """Send chunks of a snapshot, a built model or a basis that this node holds."""
         return self.sender.pull(message)
+
+    def _held(self, identifier: str) -> Held | None:
+        return self.shelf.held(identifier) or self.basis_shelf.held(identifier)
 
     def _open_stored(self, identifier: str) -> SnapshotManifest:
         return open_manifest(self.store.manifest(identifier), self.context.peers.keyring())

@@ -18,12 +18,13 @@ from broker.embedded import EmbeddedBroker
 from edge.blobs import BlobSender
 from edge.bus import Bus
 from edge.snapshot_store import SnapshotStore
-from protocol.basis_manifest import BasisManifest, SignedBasis, sign_basis
+from protocol.basis_manifest import BasisManifest, SignedBasis, basis_id, sign_basis
 from protocol.errors import BadSignature, BlobError, MalformedMessage, NotFound, SnapshotRefused, UnknownPeer
 from protocol.identity import DOMAIN_BASIS, Identity, Keyring, digest
 from protocol.manifest import ModelDigests
 from protocol.messages import BlobChunk, BlobPull, ModelBasisAsk
-from services.model_runner.bases import BasisShelf, ask_for, fetch_basis, find_basis, here, keep_basis
+from services.model_runner.bases import find_basis, here, keep_basis
+from services.model_runner.basis_sharing import BasisFetcher, BasisShelf, HeldBasis, ask_for, fetch_basis
 from services.model_runner.codecs.calibrate import calibrate
 from services.model_runner.engine import ModelSpec
 from services.model_runner.transformers_engine import TransformersEngine
@@ -184,10 +185,22 @@ def test_a_chunk_that_comes_damaged_is_not_kept(
     assert here(tmp_path / "sprout") == []
 
 
-def _give(site: Site, signed: SignedBasis, data: bytes) -> SignedBasis:
-    from protocol.basis_manifest import basis_id
-    from services.model_runner.bases import HeldBasis
+def test_a_basis_that_a_snapshot_needs_is_fetched_behind_it(
+    engine: TransformersEngine, signed: SignedBasis, data: bytes, site: Site, tmp_path: Path
+) -> None:
+    into = tmp_path / "sprout"
+    fetcher = BasisFetcher(site.sprout, site.sprout_blobs, lambda: KEYRING, lambda: False, into)
+    counters = site.sprout.counters
+    fetcher.want(engine.spec, "tomato", digest(data))
+    wait_for(lambda: counters["basis.not_fetched"] == 1, "tomato has said that it has none")
+    keep_basis(signed, data, site.folder)
+    fetcher.want(engine.spec, "tomato", digest(data))
+    wait_for(lambda: counters["basis.fetched"] == 1, "it is fetched")
+    assert find_basis(engine.spec, digest(data), keyring=KEYRING, folder=into) is not None
+    fetcher.stop()
 
+
+def _give(site: Site, signed: SignedBasis, data: bytes) -> SignedBasis:
     chunks = msgspec.msgpack.decode(signed.manifest, type=BasisManifest).chunk_list()
     site.shelf._given[basis_id(signed)] = HeldBasis(chunks, data)
     return signed
