@@ -68,7 +68,8 @@ def make(settings: ModelConfig, identity: Identity, *, say: Say, cache_dir: Path
     from services.model_runner.chat import ChatFormat
     from services.model_runner.codecs.calibrate import calibrate
     from services.model_runner.codecs.texts import TEXT_TOKENS, calibration_texts
-    from services.model_runner.transformers_engine import TransformersEngine, has_bf16_products
+    from services.model_runner.products import has_bf16_products
+    from services.model_runner.transformers_engine import TransformersEngine
 
     cuda = settings.device.startswith("cuda") or (settings.device == "auto" and is_available())
     engine = TransformersEngine.load(
