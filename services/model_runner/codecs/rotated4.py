@@ -133,7 +133,7 @@ def _scales(codes: Bytes) -> Floats:
 
 @functools.cache
 def _packed() -> Bytes:
-    """The byte that two places of the grid make: of each two bytes, as one 16-bit number, the levels nearest to them."""
+    """Of each two places of the grid, one byte each, as a 16-bit number: the byte of the levels nearest to them."""
     places = (np.arange(256, dtype=np.float32) - 128) / _GRID
     level = np.searchsorted(_BOUNDS, np.abs(places)).astype(np.uint8)
     level = np.where(places < 0, 7 - level, 8 + level)
