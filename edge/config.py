@@ -192,6 +192,13 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
             description="Of a built model's weights: `auto`, `int8`, `int4`, `fp16` or `fp32`.",
         ),
     ] = "auto"
+    adapter: Annotated[
+        str,
+        Meta(
+            description="Folder of a LoRA adapter for the model, in PEFT's format (safetensors). The engine is then "
+            "transformers. Empty: none."
+        ),
+    ] = ""
     device: Annotated[str, Meta(description="`auto`, `cpu`, `cuda` or `cuda:N`.")] = "auto"
     dtype: Annotated[str, Meta(description="`auto`, `bfloat16`, `float16` or `float32`.")] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024, description="Threads of the engine; 0 lets it choose.")] = 0

@@ -37,6 +37,7 @@ DOMAIN_WRAP = b"mindstream/v1/wrap\0"
 DOMAIN_STATEMENT = b"mindstream/v1/statement\0"
 DOMAIN_POOL_ENTRY = b"mindstream/v1/pool-entry\0"
 DOMAIN_GROUP_KEY = b"mindstream/v1/group-key\0"
+DOMAIN_VARIANT = b"mindstream/v1/variant\0"
 
 SEALING_PREFIX = "x25519:"
 KEY_BYTES = 32

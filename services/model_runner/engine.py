@@ -201,6 +201,8 @@ class Engine(ABC):
     explicit_positions: bool = False
     """Whether a pruned cache (``LayerState.positions``) can be taken in: new tokens then get their true positions
     although fewer are held."""
+    most_computed_layers: int = 0
+    """First layers, at most, that ``import_computing`` computes without the others."""
 
     @abstractmethod
     def new_cache(self, capacity_tokens: int) -> KVCache:
@@ -283,6 +285,30 @@ class Engine(ABC):
 
         Raises SnapshotRefused, before anything is allocated, when they do not fit ``spec``.
         """
+
+    def import_computing(
+        self,
+        layers: Sequence[LayerState],  # noqa: ARG002 - for engines that can
+        tokens: Sequence[int],  # noqa: ARG002
+        first: int,
+        capacity_tokens: int,  # noqa: ARG002
+        should_stop: ShouldStop | None = None,  # noqa: ARG002
+    ) -> KVCache:
+        """``import_layers``, but the first ``first`` layers are computed from ``tokens``, bit for bit as ``prefill``
+        does, and what ``layers`` has of them is not looked at.
+
+        Args:
+            tokens: of all positions that ``layers`` hold.
+            first: at most ``most_computed_layers``.
+            should_stop: asked before each chunk; Cancelled is raised when it says so.
+
+        Raises as ``import_layers`` and ``prefill``, and ModelError when the engine cannot compute layers apart.
+        """
+        raise ModelError(
+            f"computing the first {first} layers of {self.spec.name} apart: this engine computes all or none",
+            hint="read the conversation's tokens again",
+            reason="all layers or none",
+        )
 
     def check_restored(self, layers: Sequence[LayerState], capacity_tokens: int) -> int:
         """The positions that ``layers`` hold, once they fit this model and a cache of ``capacity_tokens``.

@@ -85,6 +85,8 @@ def choose(
     hardware = hardware or describe()
     folders = [Path(folder) for folder in settings.folders]
     device = _device(settings, hardware, packages)
+    if settings.adapter:
+        return _adapted(settings, folders, cache, packages, device, on_progress)
     source = _source(settings.name, folders, cache)
     built, refused = _usable(settings, source, cache, packages, device)
     if settings.engine == "onnx" or settings.precision != "auto":
@@ -135,7 +137,37 @@ def load(chosen: Chosen, settings: ModelConfig, cache_dir: Path | None = None) -
         dtype=settings.dtype,
         threads=settings.threads,
         cache_dir=cache_dir,
+        adapter=Path(settings.adapter).expanduser() if settings.adapter else None,
     )
+
+
+def _adapted(
+    settings: ModelConfig,
+    folders: Sequence[Path],
+    cache: Path,
+    packages: Packages,
+    device: Choice,
+    on_progress: Progress,
+) -> Chosen:
+    """The engine for a model with an adapter: a built graph's weights are rounded already, and nothing is added to
+    them."""
+    if settings.engine == "onnx" or settings.precision != "auto":
+        raise ModelUnavailable(
+            "choosing an engine: model.adapter is set, and built models take no adapter",
+            hint="set model.engine and model.precision to auto, or remove model.adapter",
+            field="model.adapter",
+            reason="they contradict each other",
+        )
+    if not packages.transformers:
+        raise ModelUnavailable(
+            "choosing an engine: model.adapter is set, and torch and transformers are not installed",
+            hint="pip install 'mindstream[model]', or remove model.adapter",
+            field="model.adapter",
+            reason="no engine takes an adapter",
+        )
+    files = ensure(settings.name, cache, on_progress, folders)
+    reason = f"the one that takes an adapter: {Path(settings.adapter).name}"
+    return Chosen("transformers", files.folder, device, reason)
 
 
 def _device(settings: ModelConfig, hardware: Hardware, packages: Packages) -> Choice:

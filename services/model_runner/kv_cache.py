@@ -396,15 +396,16 @@ class TorchKVCache(KVCache):
         for layer in self.layers:
             layer.advance(end)
 
-    def reserve(self, new_tokens: int) -> None:
-        """Make room in every layer. Raises ModelError when an earlier failure left this cache half written."""
+    def reserve(self, new_tokens: int, layers: Sequence[_Layer] | None = None) -> None:
+        """Make room in every layer, or in these. Raises ModelError when an earlier failure left this cache half
+        written."""
         if self._broken:
             raise ModelError(
                 "using a KV cache that was closed, or that an earlier failure left half written",
                 hint="make a new cache and read the conversation's tokens again",
                 reason="cache incomplete",
             )
-        for layer in self.layers:
+        for layer in self.layers if layers is None else layers:
             layer.reserve(new_tokens)
 
     def mark_broken(self) -> None:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from protocol.errors import ContextOverflow, ModelError, ModelUnavailable
+from protocol.errors import Cancelled, ContextOverflow, ModelError, ModelUnavailable
 from protocol.manifest import NumericsFingerprint
 from services.model_runner import attention
+from services.model_runner.adapter import Adapter, read_adapter
 from services.model_runner.digests import model_digests, weights_files
 from services.model_runner.engine import (
     STORAGE_DTYPES,
@@ -36,6 +38,7 @@ from services.model_runner.engine import (
     naming_step,
 )
 from services.model_runner.fast_decode import FAMILIES, FastDecode
+from services.model_runner.first_layers import first_layers
 from services.model_runner.kv_cache import TORCH_DTYPES, FullLayer, TorchKVCache, layer_tokens
 from services.model_runner.model_trial import FAILURES, Kept, Settled, cache_of, settle, unusable
 from services.model_runner.products import has_bf16_products, upcast_linears
@@ -107,7 +110,9 @@ class TransformersEngine(Engine):
         if self._device.type == "cpu" and not has_bf16_products():
             self.chunk_tokens = _SHORT_CHUNK_TOKENS
         version = f"torch {torch.__version__} transformers {transformers.__version__}"
-        if type(model) not in FAMILIES:
+        if type(model) in FAMILIES:
+            self.most_computed_layers = len(spec.layers) - 1
+        else:
             settled = self._settle()
             self._chunks_whole = settled.chunks_whole
             version += f" {settled}"
@@ -140,6 +145,7 @@ class TransformersEngine(Engine):
         dtype: str = "auto",
         threads: int = 0,
         cache_dir: Path | None = None,
+        adapter: Path | None = None,
     ) -> TransformersEngine:
         """Load the model in ``folder``; nothing is fetched from anywhere.
 
@@ -151,10 +157,12 @@ class TransformersEngine(Engine):
             dtype: ``bfloat16``, ``float16``, ``float32``, or ``auto``: ``choose_dtype``.
             threads: of torch's pool; 0 keeps torch's own choice.
             cache_dir: where digests of the weights are kept between starts.
+            adapter: folder of a LoRA that is added to the weights (``adapter.read_adapter``).
 
         Raises ModelUnavailable when it cannot be loaded, with the reason.
         """
         weights_files(folder, gguf_file)
+        lora = read_adapter(adapter) if adapter is not None else None
         wanted = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         target = torch.device(wanted)
         if target.type == "cuda" and not torch.cuda.is_available():
@@ -174,10 +182,13 @@ class TransformersEngine(Engine):
             )
         if threads:
             torch.set_num_threads(threads)
-        model = _load_model(folder, gguf_file, TORCH_DTYPES[choice.dtype], target)
+        model = _load_model(folder, gguf_file, TORCH_DTYPES[choice.dtype], target, lora)
         with torch.inference_mode():
             kept = cache_of(model, choice.dtype)
-        spec = model_spec(model, kept, name or folder.name, choice, model_digests(folder, gguf_file, cache_dir))
+        digests = model_digests(folder, gguf_file, cache_dir)
+        if lora is not None:
+            digests = msgspec.structs.replace(digests, adapters=(lora.digest,))
+        spec = model_spec(model, kept, name or folder.name, choice, digests)
         return cls(model, spec, kept, threads=torch.get_num_threads())
 
     def new_cache(self, capacity_tokens: int) -> TorchKVCache:
@@ -289,6 +300,45 @@ class TransformersEngine(Engine):
                     layer.restore(keys, values, recurrent, state.seen_tokens)
         return cache
 
+    def import_computing(
+        self,
+        layers: Sequence[LayerState],
+        tokens: Sequence[int],
+        first: int,
+        capacity_tokens: int,
+        should_stop: ShouldStop | None = None,
+    ) -> TorchKVCache:
+        if not 0 < first <= self.most_computed_layers:
+            super().import_computing(layers, tokens, first, capacity_tokens)
+        seen = self.check_restored(layers, capacity_tokens)
+        if any(layer.positions is not None for layer in layers):
+            raise ModelError(
+                f"computing the first {first} layers of {self.spec.name} apart: the others hold fewer positions",
+                hint="read the conversation's tokens again",
+                reason="pruned",
+            )
+        cache = self.new_cache(capacity_tokens)
+        self.check_tokens(cache, tokens)
+        if len(tokens) != seen:
+            raise ModelError(f"computing layers of {self.spec.name}: {len(tokens):,} tokens for {seen:,} positions")
+        with torch.inference_mode(), self._memory_errors("restoring a KV cache", seen):
+            for layer, state in zip(cache.layers[first:], layers[first:], strict=True):
+                keys, values = (_from_numpy(array, self._dtype) for array in (state.keys, state.values))
+                layer.restore(keys, values, [], state.seen_tokens)
+        decoder = first_layers(self._decoder, first)
+        computed = cache.layers[:first]
+        for end in chunk_ends(0, seen, self.chunk_tokens):
+            if should_stop is not None and should_stop():
+                cache.close()
+                raise Cancelled(
+                    f"computing {first} layers of {self.spec.name}: stopped at {cache.length:,} of {seen:,}"
+                )
+            chunk = tokens[computed[0].seen_tokens : end]
+            with self._appending([cache], len(chunk), computed):
+                ids = torch.tensor([list(chunk)], dtype=torch.long, device=self._device)
+                decoder(input_ids=ids, use_cache=True, **{self._cache_argument: cache.model_cache})
+        return cache
+
     def _own(self, cache: KVCache) -> TorchKVCache:
         if not isinstance(cache, TorchKVCache) or len(cache.layers) != len(self.spec.layers):
             raise ModelError(
@@ -321,8 +371,13 @@ class TransformersEngine(Engine):
             return settle(self._model, self.spec, lambda: self.new_cache(min(64, self.spec.context_tokens)), read)
 
     @contextlib.contextmanager
-    def _appending(self, caches: Sequence[TorchKVCache], count: int) -> Iterator[None]:
-        """Around the computation that appends ``count`` positions to each; caches left half written are marked so."""
+    def _appending(
+        self, caches: Sequence[TorchKVCache], count: int, layers: Sequence[Any] | None = None
+    ) -> Iterator[None]:
+        """Around the computation that appends ``count`` positions to each; caches left half written are marked so.
+
+        ``layers``: those that are appended to, of a single cache; all by default.
+        """
         if torch.get_num_threads() != self._threads:
             # The pool's size is the process's, and another engine or library may have set it since: the same sums
             # in other parts round otherwise, and the fingerprint promised this many.
@@ -330,7 +385,7 @@ class TransformersEngine(Engine):
         with torch.inference_mode():
             for index, cache in enumerate(caches):
                 with naming_step(index, caches), self._memory_errors("growing the KV cache", cache.length + count):
-                    cache.reserve(count)
+                    cache.reserve(count, layers)
             try:
                 with self._memory_errors("computing", count):
                     yield
@@ -398,7 +453,9 @@ def _attention(folder: Path, gguf_file: str) -> str:
     return attention.NAME if model_type in known else "eager"
 
 
-def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_model(
+    folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.device, lora: Adapter | None
+) -> PreTrainedModel:
     attention.register()
     transformers.utils.logging.disable_progress_bar()
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
@@ -429,6 +486,8 @@ def _load_model(folder: Path, gguf_file: str, dtype: torch.dtype, device: torch.
             hint="install the model again: its weights and its config.json are not of one model",
             reason="weights missing",
         )
+    if lora is not None:
+        lora.merge_into(model)
     if device.type == "cpu" and dtype is torch.bfloat16 and not has_bf16_products():
         upcast_linears(model)
     return model
