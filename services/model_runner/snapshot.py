@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -40,6 +41,7 @@ from protocol.manifest import (
     seal_private,
 )
 from protocol.sealing import DataKey
+from protocol.variants import Variant
 from services.model_runner.blocks import (
     KINDS,
     Assembly,
@@ -56,6 +58,7 @@ from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.raw import Raw
 from services.model_runner.engine import (
     NO_POSITIONS,
+    STORAGE_DTYPES,
     Engine,
     LayerState,
     ModelSpec,
@@ -67,9 +70,10 @@ from services.model_runner.generation import GenerationSettings, GenerationState
 from services.model_runner.intake import Intake
 from services.model_runner.positions import bitmaps_of, from_bitmaps, positions_of
 from services.model_runner.sampling import Sampler
+from services.model_runner.variants import Permit, take_in
 
 Chunk = bytes | bytearray | memoryview
-How = Literal["exact", "lossy", "recomputed"]
+How = Literal["exact", "lossy", "variant", "recomputed"]
 
 
 class Packed(NamedTuple):
@@ -87,9 +91,10 @@ class Unpacked(NamedTuple):
     how: How
     """``exact``: the KV was restored bit for bit, and the next token is the one that would have come.
     ``lossy``: the KV is that of a codec which is not exact; the manifest's certificate says how close it is.
+    ``variant``: it is another variant's of the model, under a certificate of the pair (variants.py).
     ``recomputed``: the tokens are to be read again by the next ``generate``, here, with this node's numerics."""
     reason: str
-    """Why it was recomputed; empty when its KV was used."""
+    """Why it was recomputed, or whose KV is used and how close it is; empty when its own KV was used."""
     logits: npt.NDArray[np.float32] | None = None
     """What the first step must give, where the snapshot says it."""
 
@@ -295,7 +300,12 @@ def refusal(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) ->
 
 
 def why_not_exact(
-    engine: Engine, manifest: SnapshotManifest, *, lossy: bool = False, basis: Basis | None = None
+    engine: Engine,
+    manifest: SnapshotManifest,
+    *,
+    lossy: bool = False,
+    basis: Basis | None = None,
+    variant: Permit | None = None,
 ) -> str:
     """Why the KV of a snapshot must not be used here, so that its tokens are read again; empty when it may be.
 
@@ -303,21 +313,25 @@ def why_not_exact(
 
     Args:
         lossy: whether one will do that was pruned, or a codec that is not exact; how close it is its certificate says.
-        basis: of the model, for a codec that needs one.
+        basis: of the model that computed it, for a codec that needs one.
+        variant: permits KV of the variant that it names, whatever else differs (``variants.permit``).
     """
-    own: ModelDigests | NumericsFingerprint
-    theirs: ModelDigests | NumericsFingerprint
-    for own, theirs in ((engine.spec.digests, manifest.digests), (engine.fingerprint, manifest.fingerprint)):
-        for name in own.__struct_fields__:
-            here, there = getattr(own, name), getattr(theirs, name)
-            if here != there:
-                return f"other {name}: {_brief(there)} there, {_brief(here)} here"
+    if variant is None or variant.variant != Variant.of(manifest.digests, manifest.fingerprint):
+        own: ModelDigests | NumericsFingerprint
+        theirs: ModelDigests | NumericsFingerprint
+        for own, theirs in ((engine.spec.digests, manifest.digests), (engine.fingerprint, manifest.fingerprint)):
+            for name in own.__struct_fields__:
+                here, there = getattr(own, name), getattr(theirs, name)
+                if here != there:
+                    return f"other {name}: {_brief(there)} there, {_brief(here)} here"
     try:
         exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:
         return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
     if manifest.kept and not (lossy and engine.explicit_positions):
         return "it was pruned, so it is not exact" if engine.explicit_positions else NO_POSITIONS
+    if manifest.kept and variant is not None and variant.computed_layers:
+        return f"it was pruned: the first {variant.computed_layers} layers cannot be computed beside fewer positions"
     return "" if exact or lossy else f"codec {manifest.codec.name} is not exact"
 
 
@@ -334,6 +348,8 @@ class Read(NamedTuple):
     """Why the tokens are to be read again; empty when the layers are used."""
     exact: bool = True
     """Whether the layers are so bit for bit."""
+    variant: Permit | None = None
+    """By which the layers are used, where another variant of the model computed them."""
 
 
 def read(
@@ -346,20 +362,21 @@ def read(
     from_tokens: str = "",
     lossy: bool = False,
     basis: Basis | None = None,
+    variant: Permit | None = None,
 ) -> Read:
     """Decrypt what ``seal`` sealed; on any thread, the engine is only asked what it is.
 
     ``chunks`` must have been verified against the manifest's digests (``protocol.manifest.verify_chunk``). They may
     be left out (an empty sequence) when ``why_not_exact`` gave a reason, or ``from_tokens`` gives one. Nothing is
-    allocated before the layouts match the model and the sizes match the layouts. ``lossy`` and ``basis`` are
-    ``why_not_exact``'s.
+    allocated before the layouts match the model and the sizes match the layouts. ``lossy``, ``basis`` and ``variant``
+    are ``why_not_exact``'s.
 
     Raises SnapshotRefused, naming the field.
     """
     error = refusal(engine, manifest, private)
     if error is not None:
         raise error
-    reason = from_tokens or why_not_exact(engine, manifest, lossy=lossy, basis=basis)
+    reason = from_tokens or why_not_exact(engine, manifest, lossy=lossy, basis=basis, variant=variant)
     if reason:
         return read_tokens(engine, manifest, private, reason)
     _read_state(engine, manifest, private)
@@ -367,10 +384,10 @@ def read(
         raise refused(
             manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
         )
-    taken = intake(engine, manifest, private, key, basis)
+    taken = intake(engine, manifest, private, key, basis, variant)
     for index, chunk in enumerate(chunks):
         taken.put(index, chunk)
-    return read_taken(engine, manifest, private, taken)
+    return read_taken(engine, manifest, private, taken, variant)
 
 
 def read_tokens(engine: Engine, manifest: SnapshotManifest, private: PrivatePart, reason: str) -> Read:
@@ -378,20 +395,39 @@ def read_tokens(engine: Engine, manifest: SnapshotManifest, private: PrivatePart
     return Read(*_read_state(engine, manifest, private), [], None, reason)
 
 
-def read_taken(engine: Engine, manifest: SnapshotManifest, private: PrivatePart, taken: Intake) -> Read:
+def read_taken(
+    engine: Engine,
+    manifest: SnapshotManifest,
+    private: PrivatePart,
+    taken: Intake,
+    variant: Permit | None = None,
+) -> Read:
     """The state whose chunks ``taken`` has taken in, all of them. Raises SnapshotRefused."""
     layers = taken.layers()
-    check_layers(engine.spec, layers)
-    return Read(
-        *_read_state(engine, manifest, private), layers, taken.logits, "", taken.codec.exact and not manifest.kept
-    )
+    check_layers(_spec_there(engine, manifest, variant), layers)
+    # Another variant's logits are no check of the first step here.
+    logits = taken.logits if variant is None else None
+    exact = taken.codec.exact and not manifest.kept
+    return Read(*_read_state(engine, manifest, private), layers, logits, "", exact, variant)
+
+
+def _spec_there(engine: Engine, manifest: SnapshotManifest, variant: Permit | None) -> ModelSpec:
+    """The engine's model, its KV in the dtype of a permitted variant's."""
+    if variant is None or manifest.kv_dtype not in STORAGE_DTYPES:
+        return engine.spec
+    return replace(engine.spec, dtype=manifest.kv_dtype)
 
 
 def restore(engine: Engine, found: Read) -> Unpacked:
     """The state that was read, in a cache of its own; the worker's part of ``unpack``. Raises as ``import_layers``."""
     progress = found.progress
     capacity = min(progress.capacity_tokens, engine.spec.context_tokens)
-    cache = engine.new_cache(capacity) if found.reason else engine.import_layers(found.layers, capacity)
+    if found.reason:
+        cache = engine.new_cache(capacity)
+    elif found.variant is not None:
+        cache = take_in(engine, found.layers, found.tokens[:-1], capacity, found.variant.computed_layers)
+    else:
+        cache = engine.import_layers(found.layers, capacity)
     state = GenerationState(
         tokens=found.tokens,
         cache=cache,
@@ -401,6 +437,8 @@ def restore(engine: Engine, found: Read) -> Unpacked:
         finish_reason=progress.finish_reason,
         constrained_tokens=progress.constrained_tokens,
     )
+    if found.variant is not None and not found.reason:
+        return Unpacked(state, "variant", found.variant.reason, found.logits)
     how: How = "recomputed" if found.reason else "exact" if found.exact else "lossy"
     return Unpacked(state, how, found.reason, found.logits)
 
@@ -459,13 +497,18 @@ def _progress(manifest: SnapshotManifest, private: PrivatePart) -> _Progress:
 
 
 def intake(
-    engine: Engine, manifest: SnapshotManifest, private: PrivatePart, key: DataKey, basis: Basis | None = None
+    engine: Engine,
+    manifest: SnapshotManifest,
+    private: PrivatePart,
+    key: DataKey,
+    basis: Basis | None = None,
+    variant: Permit | None = None,
 ) -> Intake:
     """What takes in the chunks of a snapshot that ``why_not_exact`` has nothing against, one by one, as they come.
 
     The layouts match the model, and the sizes the layouts, before anything is allocated. Raises SnapshotRefused.
     """
-    spec = engine.spec
+    spec = _spec_there(engine, manifest, variant)
     layouts = _layouts(spec, manifest.cached_tokens, manifest.kept)
     if manifest.kv_dtype != spec.dtype:
         raise refused(manifest, "kv_dtype", f"{manifest.kv_dtype}, the model runs in {spec.dtype}")
