@@ -102,7 +102,7 @@ class Adapter:
         shape = (delta.b.shape[0], delta.a.shape[1])
         if layer.weight.shape != shape:
             raise _refused(self.folder, name, f"it is for {shape}, the model's is {tuple(layer.weight.shape)}")
-        embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
         if embedding is not None and embedding.weight is layer.weight:
             raise _refused(self.folder, name, "the model's is its embedding too, which would change with it")
         return layer
