@@ -166,6 +166,15 @@ class BusConfig(msgspec.Struct, forbid_unknown_fields=True):
     ask_ttl_ms: Annotated[
         int, Meta(ge=1, le=600_000, description="Time to live of the CLI's questions and commands, in ms.")
     ] = 10_000
+    mailbox_mib: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_048_576,
+            description="Memory for chunks on their way to other processes of this user on this host, in MiB; what"
+            " goes beyond it goes over the broker. 0: all does.",
+        ),
+    ] = 256
 
 
 class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):

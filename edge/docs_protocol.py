@@ -191,6 +191,11 @@ message; with `more` the rest is to be asked for. Entries may come twice, and be
 4. Each `blob.chunk` is checked against size and digest in the manifest, and kept, before it counts. With half of the
    credit used up the receiver asks for more, under the same `transfer`. Nodes give {credit} chunks of credit, and ask
    again for what has not come for {stall:g} s.
+5. Where `mailbox` in the pull proves that both are on one host, `blob.letter` may stand for several `blob.chunk`: they
+   lie in a sealed memfd, given by the holder's Unix socket (SOCK_SEQPACKET) in `/dev/shm/mindstream-UID/`, whose name
+   is the first 8 bytes of the handle in hexadecimal. `t` and the other 16 get `h` and the memfd (SCM_RIGHTS), or `g`
+   when it is gone; `d` and the same 16 say that it was read. A receiver that cannot have it asks again without
+   `mailbox`.
 
 A built model travels in the same way: `model.built.ask` gets its signed manifest, and `blob.pull` names in `snapshot`
 the BLAKE3 of that manifest's bytes, in hexadecimal. Then every file is checked by its SHA-256, and against the card.

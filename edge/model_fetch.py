@@ -20,6 +20,7 @@ from edge.blobs import BlobReceiver
 from edge.bus import Bus
 from edge.download import RESERVE_BYTES
 from edge.files import storage_errors
+from edge.mailbox import Mailbox
 from edge.model_cards import (
     ANOTHER_VERSION,
     BUILD,
@@ -139,6 +140,7 @@ def fetch(
     cache: Path,
     on_progress: Callable[[int, int], None] | None = None,
     say: Progress = lambda _line: None,
+    mailbox: Mailbox | None = None,
 ) -> Fetched:
     """The built model of ``name`` from the node ``holder``, unless it is here and whole.
 
@@ -149,6 +151,7 @@ def fetch(
         cache: where built models are kept.
         on_progress: called with (bytes here, bytes in all) after each chunk.
         say: told in a line what is being done.
+        mailbox: of this host, where ``holder`` may be as well.
 
     Raises ConfigError; NotFound when ``holder`` has none such; TrustError, MalformedMessage or, for another build,
     ModelUnavailable before anything is written; BlobError for a transfer that was cut (what came is kept) or files that
@@ -173,7 +176,7 @@ def fetch(
                 check_built_files(built, cache)
                 return Fetched(target, built.card, 0)
             partial = cache / f".{manifest.folder}.fetch"
-            fetched_bytes = _fetch_chunks(bus, holder, built_id(signed), manifest, partial, on_progress, say)
+            fetched_bytes = _fetch_chunks(bus, holder, built_id(signed), manifest, partial, on_progress, say, mailbox)
             try:
                 card = check_whole(partial, manifest, wanted)
                 shutil.rmtree(target, ignore_errors=True)  # without a card: of a process that was killed
@@ -254,12 +257,13 @@ def _fetch_chunks(
     partial: Path,
     on_progress: Callable[[int, int], None] | None,
     say: Progress,
+    mailbox: Mailbox | None,
 ) -> int:
     target = _with_room(partial, manifest)
     if here_bytes := target.here_bytes:
         say(f"{here_bytes / 1e6:,.1f} MB of it are here from an earlier fetch")
     again = f"mindstream models build {manifest.model} there, or look at it with mindstream models verify"
-    receiver = BlobReceiver(bus, bus, target, on_progress, what="built model", mend=again)
+    receiver = BlobReceiver(bus, bus, target, on_progress, what="built model", mend=again, mailbox=mailbox)
     try:
         fetched_bytes = receiver.pull(holder, identifier, target, timeout_s=TRANSFER_TIMEOUT_S)
     except NotFound as error:

@@ -787,6 +787,9 @@ class BlobPull(msgspec.Struct):
     """Bitmap, one bit a chunk, least significant first: chunks that the receiver holds already."""
     credit: Annotated[int, Meta(ge=1, le=256)]
     """Chunks that may be sent now, from the first that is not in ``have``."""
+    mailbox: Annotated[bytes, Meta(max_length=32)] = b""
+    """That the receiver reads the mailbox folder of its host: the first 16 bytes of BLAKE3, keyed with the folder's
+    secret, of ``mindstream/v1/mailbox\\0`` and ``transfer``. A holder that reads the same folder may send letters."""
 
 
 class BlobPulling(msgspec.Struct):
@@ -802,6 +805,15 @@ class BlobChunk(msgspec.Struct):
 
     index: Count
     data: Annotated[bytes, Meta(max_length=512 * KIB)]
+
+
+class BlobLetter(msgspec.Struct):
+    """Chunks that are on the receiver's host already, in sealed memory that the handle names; verified like any."""
+
+    handle: Annotated[bytes, Meta(min_length=24, max_length=24)]
+    """Names the holder's socket in the mailbox folder (8 bytes) and the letter (16): for one reader, and for 30 s."""
+    indexes: Annotated[list[Count], Meta(min_length=1, max_length=64)]
+    """Of the chunks, which lie in it one after another, in this order."""
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -1025,6 +1037,7 @@ _ROWS: tuple[MessageRow, ...] = (
     ),
     _row("blob.pulling", BlobPulling, topics.REPLY, max_bytes=256 * KIB),
     _row("blob.chunk", BlobChunk, topics.BLOB),
+    _row("blob.letter", BlobLetter, topics.BLOB, max_bytes=4 * KIB),
 )
 
 MESSAGES: dict[str, MessageRow] = {row.type: row for row in _ROWS}

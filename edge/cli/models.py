@@ -232,6 +232,7 @@ def fetch(
     checked before the model counts. Stopped by Ctrl-C or a lost connection, the same command goes on where it was.
     """
     from edge.keys import Peers, load_or_create_identity
+    from edge.mailbox import Mailbox
     from edge.model_cards import PRECISIONS, PROVIDERS, Built
     from edge.model_fetch import fetch as fetch_model
     from edge.models import default_cache_folder
@@ -260,6 +261,7 @@ def fetch(
                 cache=default_cache_folder(),
                 on_progress=on_bytes,
                 say=_say,
+                mailbox=Mailbox(config.bus.mailbox_mib * 1024 * 1024, bus.counters),
             )
     except KeyboardInterrupt:
         _say("stopped: what came is kept; the same command goes on there")

@@ -16,6 +16,7 @@ import msgspec
 from edge.answers import remaining_ms
 from edge.blobs import BlobReceiver
 from edge.bus import Bus
+from edge.mailbox import Mailbox
 from edge.service import Context
 from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
@@ -46,6 +47,7 @@ class Resuming:
     Args:
         blob_bus: a connection of its own for chunks, so that tokens do not wait behind them.
         stopping: asked now and then while chunks come; True ends that.
+        mailbox: of this host, for chunks of its other nodes.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Resuming:
         worker: Worker,
         store: SnapshotStore,
         stopping: Callable[[], bool],
+        mailbox: Mailbox | None = None,
     ) -> None:
+        self._mailbox = mailbox
         self._context = context
         self._node = context.identity.node
         self._bus = bus
@@ -174,7 +178,9 @@ class Resuming:
         """
         if ask.holder == self._node:
             return self._store.chunks(manifest), 0
-        receiver = BlobReceiver(self._bus, self._blob_bus, self._store, should_stop=self._stopping)
+        receiver = BlobReceiver(
+            self._bus, self._blob_bus, self._store, should_stop=self._stopping, mailbox=self._mailbox
+        )
         fetched = receiver.pull(ask.holder, ask.snapshot, manifest, timeout_s=TRANSFER_TIMEOUT_S)
         try:
             return self._store.chunks(manifest), fetched

@@ -17,6 +17,7 @@ from typing import Any
 from edge.blobs import BlobSender, Held
 from edge.bus import Deferred
 from edge.db import open_database
+from edge.mailbox import Mailbox
 from edge.model_registry import default_cache_folder
 from edge.model_share import BuiltShelf
 from edge.models import Hold
@@ -101,13 +102,16 @@ class ModelRunner(Service):
         keyring = self.context.peers.keyring
         self.basis_shelf = BasisShelf(self.context.identity, keyring)
         self.basis_fetcher = BasisFetcher(self.bus, self.blob_bus, keyring, self.stopping)
-        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self._held)
+        self.mailbox = Mailbox(self.config.bus.mailbox_mib * MIB, self.bus.counters)
+        self.sender = BlobSender(self.store, self.blob_bus, self._read_manifest, self._held, self.mailbox)
         self.sayer = Sayer(lambda: self.bus.counters.add("dropped.token"))
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
         self.saving = Saving(self.context, self.bus, self.worker, self.store)
-        self.resuming = Resuming(self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping)
+        self.resuming = Resuming(
+            self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping, self.mailbox
+        )
         self.stepping = Stepping(self.worker, self._report)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
@@ -128,6 +132,7 @@ class ModelRunner(Service):
         self.stepping.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
+        self.mailbox.close()
         self.blob_bus.stop()
         self.db.close()
 

@@ -13,6 +13,7 @@ from edge.blobs import BlobReceiver, BlobSender
 from edge.bus import Bus, Deferred
 from edge.db import open_database
 from edge.journal import JOURNAL, CommandJournal
+from edge.mailbox import Mailbox
 from edge.snapshot_store import SnapshotStore
 from protocol.errors import BlobError
 from protocol.identity import Keyring
@@ -30,6 +31,12 @@ from protocol.messages import (
 
 FOREVER = threading.Event()
 make_bus = functools.partial(Bus, protocol=os.environ.get("BUS_CHILD_PROTOCOL", "auto"))
+
+
+def mailbox_of(bus: Bus) -> Mailbox | None:
+    """In the folder that the environment names."""
+    folder = os.environ.get("BUS_CHILD_MAILBOX")
+    return Mailbox(64 * 1024 * 1024, bus.counters, Path(folder)) if folder else None
 
 
 def say(line: str) -> None:
@@ -111,7 +118,12 @@ def hold_blobs(url: str, folder: Path) -> Bus:
     blob_bus.start()
     store = SnapshotStore(folder / "store")
     keyring = Keyring({"tomato": (folder / "fingerprint").read_text()})
-    sender = BlobSender(store, blob_bus, lambda identifier: open_manifest(store.manifest(identifier), keyring))
+    sender = BlobSender(
+        store,
+        blob_bus,
+        lambda identifier: open_manifest(store.manifest(identifier), keyring),
+        mailbox=mailbox_of(blob_bus),
+    )
     bus.hear(BlobPull, sender.pull)
     return bus
 
@@ -125,7 +137,13 @@ def pull_blobs(url: str, folder: Path, holder_folder: Path, identifier: str) -> 
     blob_bus = make_bus(url=url, node="sprout", client="model_runner-blobs")
     bus.start()
     blob_bus.start()
-    receiver = BlobReceiver(bus, blob_bus, store, on_progress=lambda here, total: say(f"here {here} of {total}"))
+    receiver = BlobReceiver(
+        bus,
+        blob_bus,
+        store,
+        on_progress=lambda here, total: say(f"here {here} of {total}"),
+        mailbox=mailbox_of(blob_bus),
+    )
     try:
         receiver.pull("tomato", identifier, open_manifest(signed, keyring))
         say("pulled")

@@ -15,6 +15,7 @@ import pytest
 from edge import blobs as blobs_module
 from edge.blobs import BlobReceiver, BlobSender
 from edge.bus import Bus
+from edge.mailbox import Mailbox
 from edge.snapshot_store import SnapshotStore
 from protocol.errors import BadSignature, BlobError, NotFound, Overloaded, UnknownPeer
 from protocol.identity import Identity, Keyring, digest
@@ -98,10 +99,12 @@ def held(tmp_path: Path) -> Held:
 class Holder:
     """tomato's side, in this process."""
 
-    def __init__(self, held: Held, open_bus: OpenBus, make_bus: OpenBus) -> None:
+    def __init__(self, held: Held, open_bus: OpenBus, make_bus: OpenBus, mailbox: Mailbox | None = None) -> None:
         self.blob_bus: Bus = open_bus("tomato", "model_runner-blobs")
         self.bus: Bus = make_bus("tomato", "model_runner")
-        self.sender = BlobSender(held.store, self.blob_bus, lambda identifier: self.read(held, identifier))
+        self.sender = BlobSender(
+            held.store, self.blob_bus, lambda identifier: self.read(held, identifier), mailbox=mailbox
+        )
         self.bus.hear(BlobPull, self.sender.pull)
         self.bus.start()
 
@@ -125,10 +128,15 @@ class Fetcher:
     blob_bus: Bus
     store: SnapshotStore
     progress: list[tuple[int, int]]
+    mailbox: Mailbox | None = None
 
     def pull(self, held: Held, timeout_s: float = 60.0) -> int:
         receiver = BlobReceiver(
-            self.bus, self.blob_bus, self.store, lambda here, total: self.progress.append((here, total))
+            self.bus,
+            self.blob_bus,
+            self.store,
+            lambda here, total: self.progress.append((here, total)),
+            mailbox=self.mailbox,
         )
         return receiver.pull("tomato", held.identifier, held.manifest, timeout_s=timeout_s)
 

@@ -35,6 +35,7 @@ from protocol.manifest import (
 from protocol.messages import (
     MESSAGES,
     BlobChunk,
+    BlobLetter,
     BlobPull,
     BlobPulling,
     ChatMessage,
@@ -575,9 +576,10 @@ VALUES: dict[str, msgspec.Struct] = {
         basis=digest(b"basis"),
     ),
     "model.basis": SIGNED_BASIS,
-    "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16),
+    "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16, mailbox=bytes(range(16))),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
     "blob.chunk": BlobChunk(index=0, data=SEALED_FULL),
+    "blob.letter": BlobLetter(handle=bytes(range(24)), indexes=[0, 2]),
 }
 
 

@@ -27,6 +27,7 @@ from edge.blobs import BlobSender
 from edge.bus import Bus
 from edge.config import ModelConfig, load_config
 from edge.keys import Peers, load_or_create_identity
+from edge.mailbox import Mailbox
 from edge.model_build import write_card
 from edge.model_cards import ANOTHER_VERSION, BUILD, CARD_NAME, Card, CardSource, Measured, built_models, built_name
 from edge.model_fetch import Fetched, PartialModel, fetch
@@ -147,8 +148,9 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def change(site: Site) -> Iterator[Callable[[Callable[[BlobChunk], BlobChunk | None]], None]]:
-    """``change(how)``: what tomato sends becomes what ``how`` makes of it; None is lost."""
+    """``change(how)``: what tomato sends becomes what ``how`` makes of it; None is lost. All goes over the bus."""
     say = site.runner.blob_bus.say
+    mailbox, site.runner.sender._mailbox = site.runner.sender._mailbox, None
 
     def change(how: Callable[[BlobChunk], BlobChunk | None]) -> None:
         def say_changed(message: Any, **names: Any) -> None:
@@ -160,6 +162,7 @@ def change(site: Site) -> Iterator[Callable[[Callable[[BlobChunk], BlobChunk | N
 
     yield change
     site.runner.blob_bus.say = say  # type: ignore[method-assign]
+    site.runner.sender._mailbox = mailbox
 
 
 class Mallory:
@@ -197,6 +200,17 @@ def assert_nothing_was_written(cache: Path) -> None:
 
 
 # --- what goes well -------------------------------------------------------------------------------------------
+
+
+def test_on_one_host_only_handles_cross_the_bus(site: Site, cache: Path) -> None:
+    counters = site.runner.blob_bus.counters
+    sent_bytes, mailed_bytes = counters["blob.sent_bytes"], counters["blob.mailed_bytes"]
+    mailbox = Mailbox(1, site.bus.counters)
+    fetched = site.fetch(cache, mailbox=mailbox)
+    mailbox.close()
+    assert fetched.fetched_bytes == site.total_bytes
+    assert counters["blob.sent_bytes"] == sent_bytes
+    assert counters["blob.mailed_bytes"] - mailed_bytes == site.total_bytes
 
 
 def test_a_fetched_model_is_the_holders_and_runs_without_torch(site: Site, cache: Path) -> None:
