@@ -556,7 +556,11 @@ class _Source:
     def unknown(self, key: str, valid: list[str], what: str, variable: str = "") -> ConfigError:
         """The error for a name that is none of ``valid``, with the nearest that is."""
         everything = [f"{name}.{field}" for name, struct in SECTIONS.items() for field in struct.__struct_fields__]
-        near = difflib.get_close_matches(key, valid, 1, 0.5) or difflib.get_close_matches(key, everything, 1, 0.6)
+        # The very name in another section says more than one of the same section that looks a little like it.
+        near = [each for each in everything if "." in key and each.split(".")[1] == key.split(".")[1]]
+        near = (
+            near or difflib.get_close_matches(key, valid, 1, 0.5) or difflib.get_close_matches(key, everything, 1, 0.6)
+        )
         return self.error(
             key,
             f"unknown {what} {key}",
