@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 CREDIT_CHUNKS = 16
 """Chunks under way to one receiver: 8 MiB, enough to keep a 1 Gbit/s link of 60 ms busy."""
-MAILBOX_CREDIT_CHUNKS = 64
-"""The same once they come by the mailbox: 32 MiB, so that its writer and its reader are both at work."""
+MAILBOX_CREDIT_CHUNKS = 128
+"""The same once they come by the mailbox: 64 MiB, so that its writer and its reader are both at work."""
 LETTER_CHUNKS = 16
 """Chunks in one letter: 8 MiB."""
 STALL_S = 2.0

@@ -50,6 +50,14 @@ def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: P
     json.dumps(figures, allow_nan=False)
 
 
+@pytest.mark.slow
+def test_the_mailbox_is_measured_with_real_processes(tiny_model: Path, tmp_path: Path) -> None:
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["mailbox"], quick=True))
+    assert figures["failed_parts"] == ""
+    for key in ("mailbox_handles_per_s", "mailbox_gb_per_s", "mailbox_broker_gb_per_s", "mailbox_over_broker"):
+        assert float(figures[key] or 0) > 0
+
+
 def test_parts_have_names(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of exact, codecs, sealed"):
         run(Options(tiny_model, tmp_path, parts=["speed"]))
