@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,43 +88,29 @@ def packed_attention(
 
 
 class Looked:
-    """How much the keys of full attention are looked at, while ``looking`` is entered: of each layer, the most that
-    any query gives to each key, and the sum of what all give.
+    """How strongly each key of full attention is looked at while ``looking`` is entered."""
 
-    Args:
-        keys: the first so many keys are counted.
-    """
-
-    def __init__(self, keys: int) -> None:
-        self.keys = keys
+    def __init__(self) -> None:
         self.most: dict[int, torch.Tensor] = {}
-        """Of each layer, float32 (kv_heads, keys)."""
-        self.total: dict[int, torch.Tensor] = {}
-        """Of each layer, float32 (kv_heads, keys)."""
+        """Of each layer, float32 (kv_heads, keys): the largest share of attention that any query gave a key."""
 
     def add(self, layer: int, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         """Count a chunk's queries, of ``packed_attention``'s shapes. Costs about what attention itself does."""
         _, query_heads, queries, head_dim = query.shape
         kv_heads, keys = key.shape[1], key.shape[2]
-        grouped = query.view(kv_heads, query_heads // kv_heads, queries, head_dim)
+        grouped = query.reshape(kv_heads, query_heads // kv_heads, queries, head_dim)
         mask = causal_mask(queries, keys, 0, torch.float32, query.device)
-        most, total = [], []
+        rows = []
         # One KV head at a time: the scores of all would take as much memory as the cache.
         for head in range(kv_heads):
-            packed = (grouped[head] * scale).float().view(-1, head_dim)
-            shares = (packed @ key[0, head].float().T).view(-1, queries, keys).add_(mask)
-            shares = torch.softmax(shares, -1)[..., : self.keys].flatten(0, 1)
-            most.append(shares.amax(0))
-            total.append(shares.sum(0))
-        self.most[layer] = _longer(self.most.get(layer), torch.stack(most), torch.maximum)
-        self.total[layer] = _longer(self.total.get(layer), torch.stack(total), torch.add)
-
-
-def _longer(before: torch.Tensor | None, found: torch.Tensor, join: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """Two counts joined; the later one has as many keys or more."""
-    if before is not None:
-        found[:, : before.shape[1]] = join(found[:, : before.shape[1]], before)
-    return found
+            packed = (grouped[head] * scale).float().reshape(-1, head_dim)
+            scores = (packed @ key[0, head].float().T).view(-1, queries, keys).add_(mask)
+            rows.append(torch.softmax(scores, -1).amax((0, 1)))
+        found, before = torch.stack(rows), self.most.get(layer)
+        if before is not None:
+            earlier = found[:, : before.shape[1]]
+            torch.maximum(earlier, before, out=earlier)
+        self.most[layer] = found
 
 
 _looking: list[Looked] = []
@@ -132,7 +118,7 @@ _looking: list[Looked] = []
 
 @contextlib.contextmanager
 def looking(looked: Looked) -> Iterator[None]:
-    """While entered, prefill and ``Engine.read`` on this process's models count into ``looked``. One at a time."""
+    """While entered, what models of this process read is counted into ``looked``. On one thread at a time."""
     _looking.append(looked)
     try:
         yield

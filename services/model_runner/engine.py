@@ -260,6 +260,12 @@ class Engine(ABC):
         """
         return np.stack([self.step(cache, token) for token in tokens])
 
+    def looked_at(self, _cache: KVCache, _tokens: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        """Append tokens and say how strongly each row of full attention was looked at meanwhile, their own included, in
+        the cache's order: the largest share of attention that any of them gave it, as the mean over layers and heads.
+        None when this engine cannot tell; nothing was appended then. Raises as ``prefill``."""
+        return None
+
     def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> KVCache | None:
         """A new cache that begins with the first ``tokens`` positions of ``cache``, copied bit for bit.
 

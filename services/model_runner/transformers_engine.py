@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -270,6 +271,15 @@ class TransformersEngine(Engine):
             with self._appending([own], len(chunk)):
                 rows.append(self._forward(self._model, own, chunk).logits[0].float().cpu().numpy())
         return np.concatenate(rows)
+
+    def looked_at(self, cache: KVCache, tokens: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        if self._model.config._attn_implementation != attention.NAME:
+            return None
+        looked = attention.Looked()
+        with attention.looking(looked), torch.inference_mode():
+            self.prefill(cache, tokens)
+            layers = [row.mean(0) for row in looked.most.values()]
+            return torch.stack(layers).mean(0).cpu().numpy() if layers else None
 
     def export_layers(self, cache: KVCache) -> list[LayerState]:
         own = self._own(cache)
