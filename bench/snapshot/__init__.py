@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "ratio_at_5pct",
         "basis_mb",
     ),
+    "pruning": (),
     "sealed": ("encode_restore_s_per_gb",),
     "mutations": ("mutations", "mutations_refused"),
     "mailbox": ("mailbox_handles_per_s", "mailbox_gb_per_s"),

@@ -49,13 +49,15 @@ class Fit(NamedTuple):
     decode_s: float
 
     @property
-    def kept_tokens(self) -> str:
-        """For people."""
-        return "all" if self.kept is None else f"{len(self.kept):,}"
+    def name(self) -> str:
+        """Of its rung."""
+        level = self.codec.params().get("level")
+        return f"{self.codec.name} ({level})" if level else self.codec.name
 
     def __str__(self) -> str:
         found = f", mean KL {self.fidelity.mean_kl:.4f}" if self.fidelity else ""
-        return f"{self.codec.name}, {self.kept_tokens} positions: {self.ratio:.1f}x{found}"
+        kept = "all" if self.kept is None else f"{len(self.kept):,}"
+        return f"{self.name}, {kept} positions: {self.ratio:.1f}x{found}"
 
 
 class Fitted(NamedTuple):
@@ -152,4 +154,4 @@ def _fewer(layers: Sequence[LayerState], count: int, size: int, most_bytes: floa
     width = sum(layer.keys.shape[0] * layer.keys.shape[2] for layer in layers if layer.kind == "full")
     fixed = sum(layer.keys.size for layer in layers if layer.kind != "full")
     prunable = size * (width * count) / max(1, width * count + fixed)
-    return count * (_SLACK * most_bytes - (size - prunable)) / max(1.0, prunable)
+    return float(count * (_SLACK * most_bytes - (size - prunable)) / max(1.0, prunable))

@@ -15,6 +15,7 @@ from bench.snapshot.texts import measured_texts
 from bench.snapshot.wanted import WANTED
 from protocol.errors import ConfigError
 from services.model_runner.codecs.texts import calibration_texts
+from services.model_runner.pruning import PRUNERS
 
 RUNGS = ("raw", "lossless", "int8", "rotated4", "transform_near", "transform_small")
 
@@ -42,6 +43,24 @@ def test_every_rung_is_measured_on_files(tiny_model: Path, tmp_path: Path) -> No
     assert kept.read_bytes() == before
 
 
+@pytest.mark.slow
+def test_every_pruner_is_measured_alone_with_rungs_and_fitted_into_a_budget(tiny_model: Path, tmp_path: Path) -> None:
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["pruning"], quick=True))
+    names = [f"prune_{pruner}_50" for pruner in PRUNERS] + [
+        "prune_heavy_50+int8",
+        "budget_4x+heavy",
+        "budget_4x+window",
+    ]
+    for name in names:
+        for key in ("ratio", "kl", "top1", "dppl_pct", "dppl_worst_pct"):
+            assert figures[f"{name}_{key}"] is not None
+    assert figures["prune_window_50_ratio"] == 2.0
+    assert float(figures["prune_heavy_50+int8_ratio"] or 0) > 2.5
+    assert float(figures["budget_4x+heavy_ratio"] or 0) >= 4
+    assert figures["budget_4x+heavy_took"]
+    json.dumps(figures, allow_nan=False)
+
+
 def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: Path, tmp_path: Path) -> None:
     figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed", "mutations"], quick=True))
     for key in ("encode_restore_s_per_gb", "store_save_s_per_gb", "store_load_s_per_gb", "int8_sealed_encode_s_per_gb"):
@@ -59,7 +78,7 @@ def test_the_mailbox_is_measured_with_real_processes(tiny_model: Path, tmp_path:
 
 
 def test_parts_have_names(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none of exact, codecs, sealed"):
+    with pytest.raises(ConfigError, match="none of exact, codecs, pruning, sealed"):
         run(Options(tiny_model, tmp_path, parts=["speed"]))
 
 
