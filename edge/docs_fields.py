@@ -25,6 +25,7 @@ from protocol import (
     pool,
     provenance,
     sealing,
+    variants,
 )
 from protocol.topics import KIB
 
@@ -39,6 +40,7 @@ SOURCES: tuple[ModuleType, ...] = (
     built_manifest,
     group_key,
     pool,
+    variants,
     errors,
     codec,
 )

@@ -30,6 +30,7 @@ from protocol.identity import (
     DOMAIN_BUILT_MODEL,
     DOMAIN_ENTRY,
     DOMAIN_MANIFEST,
+    DOMAIN_VARIANT,
     SIGNATURE_BYTES,
 )
 from protocol.layout import MAX_SNAPSHOT_BYTES
@@ -38,6 +39,7 @@ from protocol.messages import MESSAGES
 from protocol.provenance import Statement
 from protocol.sealing import KeyWrap
 from protocol.topics import MAX_PACKET_BYTES, ROOT, TOPICS
+from protocol.variants import VariantCertificate
 
 _PROTOCOL = """\
 # Protocol
@@ -174,6 +176,14 @@ the `signature` by its `creator`, over `{domain_basis}` and these bytes. Who pas
 {basis_manifest}
 The file's bytes are cut into chunks of {chunk:,} bytes, the last one shorter.
 
+### Variant certificates
+A [SignedVariantCertificate](#signedvariantcertificate) has the msgpack of what was measured of a pair of variants, and
+the `signature` by its `creator`, over `{domain_variant}` and these bytes. Who passes it on changes nothing in it.
+
+{variant_certificate}
+It is refused unless both are of one tokenizer, something was measured, and `reuses` begins with no computed layer and
+rises.
+
 ## How memories spread
 A node says its own new entries on `memory/log`, each committed before. What was missed is found and asked for:
 `memory/have` is retained, and its `digest` is BLAKE3 with 64 bytes of output over the msgpack arrays `[node, scope,
@@ -243,6 +253,7 @@ def protocol_page() -> str:
             domain_entry=_shown(DOMAIN_ENTRY),
             domain_manifest=_shown(DOMAIN_MANIFEST),
             domain_built=_shown(DOMAIN_BUILT_MODEL),
+            domain_variant=_shown(DOMAIN_VARIANT),
             domain_basis=_shown(DOMAIN_BASIS),
             entry_header=fields.table(EntryHeader),
             memory_content=fields.table(MemoryContent),
@@ -252,6 +263,7 @@ def protocol_page() -> str:
             statement=fields.table(Statement),
             built_manifest=fields.table(BuiltManifest),
             basis_manifest=fields.table(BasisManifest),
+            variant_certificate=fields.table(VariantCertificate),
             hlc_ms=64 - COUNTER_BITS,
             hlc_counter=COUNTER_BITS,
             drift=MAX_DRIFT_MS / 1000,

@@ -25,6 +25,7 @@ from protocol.manifest import SignedManifest
 from protocol.pool import SignedPoolEntry
 from protocol.provenance import SignedStatement
 from protocol.topics import KIB, Topic
+from protocol.variants import SignedVariantCertificate, Variant
 
 _END = r"$(?!\n)"
 """The end of a text. Python's ``$`` alone also stands before a last line feed, JSON Schema's does not."""
@@ -776,6 +777,38 @@ class ModelBasisAsk(msgspec.Struct, omit_defaults=True):
     """BLAKE3 of the one that is wanted; empty: any of that model."""
 
 
+class VariantCertificateAsk(msgspec.Struct):
+    """Ask for a node's certificate of what KV of one variant of a model does on another."""
+
+    source: Variant
+    """Whose KV."""
+    target: Variant
+    """Which model uses it."""
+
+
+class ModelCertify(msgspec.Struct):
+    """Measure what KV of another variant does on the model that runs here; the certificate is kept."""
+
+    source: Annotated[str, Meta(min_length=1, max_length=1000)]
+    """``transformers``, the precision of a built model, or the folder of an adapter on this node."""
+
+
+class ModelCertified(msgspec.Struct):
+    """A variant certificate, in short."""
+
+    source: str
+    target: str
+    computed_layers: int | None
+    """First layers that must be computed again for the usual fidelity; None: it is not reached."""
+    layers: int
+    mean_kl: float
+    """Nats a token, with so many layers computed; with none where the fidelity is not reached."""
+    worst_kl: float
+    """Of the text that moved most."""
+    top1: float
+    took_ms: float
+
+
 class BlobPull(msgspec.Struct):
     """Let a holder send chunks of what it holds on ``blob/{transfer}``; sent again for more credit."""
 
@@ -1028,6 +1061,22 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "basis", "model.basis"),
     ),
     _row("model.basis", SignedBasis, topics.REPLY),
+    _row(
+        "model.variant.ask",
+        VariantCertificateAsk,
+        topics.ASK,
+        max_bytes=16 * KIB,
+        ask=AskRow("model_runner", "variant", "model.variant"),
+    ),
+    _row("model.variant", SignedVariantCertificate, topics.REPLY, max_bytes=256 * KIB),
+    _row(
+        "model.certify",
+        ModelCertify,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "certify", "model.certified", ttl_max_ms=3_600_000, own_node_only=True),
+    ),
+    _row("model.certified", ModelCertified, topics.REPLY, max_bytes=8 * KIB),
     _row(
         "blob.pull",
         BlobPull,

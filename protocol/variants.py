@@ -84,7 +84,7 @@ class VariantCertificate(msgspec.Struct):
     """Positions after them, over all texts, whose distributions were compared."""
     texts: int
     """Calibration texts; of several kinds."""
-    version: int = VARIANT_VERSION
+    version: int = 1
 
     def least(self, most_kl: float, least_top1: float, most_layers: int) -> Reuse | None:
         """The reuse with the fewest computed layers, at most ``most_layers``, that is as faithful as asked.

@@ -219,6 +219,54 @@ def build(
 
 
 @app.command()
+def pair(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Whose keys and values: own (as configured), transformers, the precision of a built model, or the "
+            "folder of an adapter.",
+            metavar="SOURCE",
+        ),
+    ],
+    target: Annotated[str, typer.Argument(help="Which variant uses them, named alike.", metavar="TARGET")] = "own",
+    model: Annotated[str, typer.Option("--model", help="The model. Default: model.name.", metavar="NAME")] = "",
+    json: JsonOption = False,
+) -> None:
+    """Measure how a model answers with the keys and values of another variant of it, and keep the signed certificate.
+
+    With it a conversation can be taken over from that variant without reading all of it again. Some minutes.
+    """
+    import importlib
+
+    import msgspec
+
+    from edge.keys import Peers, load_or_create_identity
+
+    config = load()
+    settings = msgspec.structs.replace(config.model, **({"name": model} if model else {}))
+    folder = config.node.folder()
+    identity = load_or_create_identity(folder, config.node.name)
+    work = importlib.import_module("services.model_runner.pairing")
+    try:
+        made = work.measure(settings, source, target, identity, Peers(folder, identity), folder, say=_say)
+    except KeyboardInterrupt:
+        _say("stopped: nothing is kept")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if json:
+        print_json(made)
+        return
+    print(f"{made.source} on {made.target}, {made.texts} texts, {made.tested_tokens} tokens compared")
+    print_table(
+        ("layers computed", "mean KL", "worst text", "top-1"),
+        [
+            [str(each.computed_layers), f"{each.mean_kl:.5f}", f"{each.worst_kl:.5f}", f"{each.top1:.3f}"]
+            for each in made.reuses
+        ],
+    )
+    print(f"for the usual fidelity: {made.verdict}")
+
+
+@app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="The model. Default: model.name.")] = "",
     holder: Annotated[str, typer.Option("--from", help="Node that has built it.", metavar="NODE")] = "",

@@ -38,6 +38,7 @@ from protocol.messages import (
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
+    ModelCertify,
     ModelEmbed,
     ModelGenerate,
     ModelResume,
@@ -47,8 +48,10 @@ from protocol.messages import (
     RunToken,
     SnapshotManifestAsk,
     SnapshotProgress,
+    VariantCertificateAsk,
 )
 from protocol.sharing import share
+from protocol.variants import SignedVariantCertificate
 from services.model_runner import engines
 from services.model_runner.answers import Run
 from services.model_runner.bases import find_basis
@@ -65,6 +68,7 @@ from services.model_runner.rounds import Loaded, Rounds
 from services.model_runner.saving import Saving
 from services.model_runner.saying import Sayer
 from services.model_runner.stepping import Stepping
+from services.model_runner.variant_use import Variants
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -113,6 +117,7 @@ class ModelRunner(Service):
             self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping, self.mailbox
         )
         self.stepping = Stepping(self.worker, self._report)
+        self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
     def started(self) -> None:
@@ -130,6 +135,7 @@ class ModelRunner(Service):
         self.basis_fetcher.stop()
         self.saving.stop()
         self.stepping.stop()
+        self.variants.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.mailbox.close()
@@ -391,6 +397,16 @@ class ModelRunner(Service):
     def basis(self, message: Received) -> Deferred:
         """The signed manifest of a basis in this node's cache, on that thread too."""
         return _deferred(self._digesters.submit(self.basis_shelf.manifest, message.data))
+
+    @hears(VariantCertificateAsk)
+    def variant(self, message: Received) -> SignedVariantCertificate:
+        """This node's certificate of what KV of one variant does on another."""
+        return self.variants.give(message.data)
+
+    @hears(ModelCertify)
+    def certify(self, message: Received) -> Deferred:
+        """Measure what KV of another variant does on this node's model; minutes, in a process of its own."""
+        return _deferred(self.variants.certify(message.data))
 
     @hears(BlobPull)
     def pull(self, message: Received) -> BlobPulling:

@@ -62,6 +62,8 @@ from protocol.messages import (
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
+    ModelCertified,
+    ModelCertify,
     ModelEmbed,
     ModelEmbedded,
     ModelGenerate,
@@ -97,10 +99,19 @@ from protocol.messages import (
     Speaker,
     TokenChance,
     Usage,
+    VariantCertificateAsk,
 )
 from protocol.pool import PoolEntry, PoolPart, SignedPoolEntry, entry_id, sign_entry, witness
 from protocol.provenance import add_statement
 from protocol.sealing import DataKey, wrap_key
+from protocol.variants import (
+    LayerEffect,
+    Reuse,
+    SignedVariantCertificate,
+    Variant,
+    VariantCertificate,
+    seal_variant,
+)
 
 TIME_US = 1_775_000_000_123_456
 ENVELOPE_ID = "019d463e-967b-7000-8000-000000000001"
@@ -283,6 +294,25 @@ BUILT_MANIFEST = BuiltManifest(
 )
 SIGNED_BUILT_MANIFEST: SignedBuiltManifest = seal_built(SPROUT, BUILT_MANIFEST)
 SIGNED_BASIS: SignedBasis = sign_basis(SPROUT, "smollm2-135m-instruct", MANIFEST.digests, b"basis")
+VARIANTS = (
+    Variant.of(MANIFEST.digests, MANIFEST.fingerprint),
+    Variant(msgspec.structs.replace(MANIFEST.digests, adapters=(digest(b"adapter"),)), "transformers", "bfloat16"),
+)
+SIGNED_VARIANT: SignedVariantCertificate = seal_variant(
+    SPROUT,
+    VariantCertificate(
+        created_us=TIME_US,
+        creator="sprout",
+        layers=[LayerEffect(0.0021, 0.97), LayerEffect(0.0009, 0.985)],
+        model="smollm2-135m-instruct",
+        prefix_tokens=512,
+        reuses=[Reuse(0, 0.0048, 0.0061, 0.958), Reuse(1, 0.0009, 0.0012, 0.985)],
+        source=VARIANTS[0],
+        target=VARIANTS[1],
+        tested_tokens=384,
+        texts=6,
+    ),
+)
 
 ERROR = ErrorInfo(
     code="conversation_unknown",
@@ -576,6 +606,19 @@ VALUES: dict[str, msgspec.Struct] = {
         basis=digest(b"basis"),
     ),
     "model.basis": SIGNED_BASIS,
+    "model.variant.ask": VariantCertificateAsk(source=VARIANTS[0], target=VARIANTS[1]),
+    "model.variant": SIGNED_VARIANT,
+    "model.certify": ModelCertify(source="int8"),
+    "model.certified": ModelCertified(
+        source=str(VARIANTS[0]),
+        target=str(VARIANTS[1]),
+        computed_layers=0,
+        layers=1,
+        mean_kl=0.0048,
+        worst_kl=0.0061,
+        top1=0.958,
+        took_ms=61000.5,
+    ),
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16, mailbox=bytes(range(16))),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
     "blob.chunk": BlobChunk(index=0, data=SEALED_FULL),

@@ -87,6 +87,8 @@ def _values(info: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
         return st.binary(min_size=info.min_length or 0, max_size=min(info.max_length or 64, 64))
     if isinstance(info, inspect.ListType):
         return st.lists(_values(info.item_type), max_size=3)
+    if isinstance(info, inspect.VarTupleType):
+        return st.lists(_values(info.item_type), max_size=3).map(tuple)
     if isinstance(info, inspect.DictType):
         return st.dictionaries(_values(info.key_type), _values(info.value_type), max_size=3)
     if isinstance(info, inspect.UnionType):

@@ -1,0 +1,256 @@
+"""Measures a pair of variants of a model, and keeps the signed certificate: ``mindstream models pair``, and on request.
+
+One variant is loaded at a time: the source reads the texts and is let go of, then the target is measured. The model
+runner does it in a process of its own (``python -m services.model_runner.pairing ASK``, the ask as JSON), whose memory
+is given back at its end.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from threading import Thread
+from typing import IO, NamedTuple
+
+import msgspec
+
+from broker.child import spawn
+from edge.config import ModelConfig
+from edge.hardware import describe
+from edge.keys import Peers, load_or_create_identity
+from edge.model_cards import PRECISIONS
+from protocol.errors import ConfigError, MindstreamError, ModelError
+from protocol.identity import Identity
+from protocol.variants import LayerEffect, Reuse, VariantCertificate, seal_variant
+from services.model_runner import engines
+from services.model_runner.codecs.ladder import Asked
+from services.model_runner.engine import Engine
+from services.model_runner.variant_store import FOLDER, VariantStore
+from services.model_runner.variants import (
+    MOST_TEXTS,
+    PREFIX_TOKENS,
+    TEST_TOKENS,
+    Say,
+    certify,
+    sample,
+    variant_of,
+    windows_of,
+)
+
+CONFIGURED = "own"
+"""Names the variant that is configured."""
+
+
+class PairAsk(msgspec.Struct):
+    """What the child is to measure."""
+
+    node: str
+    data_dir: str
+    """The node's."""
+    model: ModelConfig
+    source: str
+    target: str
+
+
+class PairSaid(msgspec.Struct, omit_defaults=True):
+    """A line of the child."""
+
+    doing: str = ""
+    refused: str = ""
+    done: bool = False
+
+
+def variant_settings(settings: ModelConfig, name: str) -> ModelConfig:
+    """``settings`` for one variant of the model.
+
+    Args:
+        name: ``own`` (as configured), ``transformers``, a precision of a built model, or the folder of an adapter.
+
+    Raises ConfigError for what is none of these.
+    """
+    if name == CONFIGURED:
+        return settings
+    plain = msgspec.structs.replace(settings, engine="transformers", precision="auto", adapter="")
+    if name == "transformers":
+        return plain
+    if name in PRECISIONS:
+        return msgspec.structs.replace(plain, engine="onnx", precision=name)
+    if Path(name).expanduser().is_dir():
+        return msgspec.structs.replace(plain, adapter=name)
+    raise ConfigError(
+        f"choosing a variant: {name!r} is neither {CONFIGURED}, transformers, a precision ({', '.join(PRECISIONS)}), "
+        "nor the folder of an adapter",
+        field="variant",
+        reason="unknown variant",
+    )
+
+
+def make(
+    settings: ModelConfig,
+    source: str,
+    target: str,
+    identity: Identity,
+    store: VariantStore,
+    *,
+    say: Say = lambda _line: None,
+    cache_dir: Path | None = None,
+) -> VariantCertificate:
+    """Measure what KV of ``source`` does on ``target``, both named as for ``variant_settings``; sign it and keep it.
+
+    Raises ConfigError, ModelUnavailable, ModelError and StorageError.
+    """
+    from services.model_runner.chat import ChatFormat
+    from services.model_runner.codecs.texts import calibration_texts
+
+    def load(name: str) -> tuple[Engine, engines.Chosen]:
+        wanted = variant_settings(settings, name)
+        chosen = engines.choose(wanted, hardware=describe(), on_progress=say)
+        say(f"loading {name} from {chosen.folder.name}")
+        return engines.load(chosen, wanted, cache_dir), chosen
+
+    variant_settings(settings, target)  # refused before anything is loaded
+    engine, chosen = load(source)
+    chat = ChatFormat.load(chosen.folder)
+    texts = [chat.encode(text, special=False) for text in calibration_texts()]
+    longest = engine.spec.context_tokens - TEST_TOKENS
+    windows = windows_of(texts, min(PREFIX_TOKENS, longest), TEST_TOKENS, MOST_TEXTS)
+    sampled = sample(engine, windows, min(PREFIX_TOKENS, longest), say)
+    del engine
+    gc.collect()
+    engine, _ = load(target)
+    if sampled.variant == variant_of(engine):
+        raise ModelError(
+            f"measuring {source} on {target}: they are one variant, {sampled.variant}",
+            hint="name two: precisions, engines, or adapters of the model",
+            reason="one variant",
+        )
+    certificate = certify(sampled, engine, identity.node, say)
+    store.put(seal_variant(identity, certificate))
+    return certificate
+
+
+class Made(NamedTuple):
+    """A certificate, for people and scripts."""
+
+    source: str
+    target: str
+    texts: int
+    tested_tokens: int
+    layers: list[LayerEffect]
+    reuses: list[Reuse]
+    verdict: str
+    """What may be kept for the usual fidelity."""
+    took_s: float
+
+
+def measure(
+    settings: ModelConfig,
+    source: str,
+    target: str,
+    identity: Identity,
+    peers: Peers,
+    node_folder: Path,
+    *,
+    say: Say = lambda _line: None,
+) -> Made:
+    """``make``, for the command line. ``node_folder`` is the node's data folder."""
+    started_s = time.monotonic()
+    folder = node_folder / "model_runner"
+    found = make(
+        settings, source, target, identity, VariantStore(folder / FOLDER, peers.keyring), say=say, cache_dir=folder
+    )
+    best, count = found.least(Asked().most_kl, Asked().least_top1, len(found.layers)), len(found.layers)
+    if best is None:
+        verdict = "nothing may be kept"
+    elif best.computed_layers:
+        verdict = f"the first {best.computed_layers} of {count} layers are computed again, the others kept"
+    else:
+        verdict = "all may be kept"
+    return Made(
+        str(found.source),
+        str(found.target),
+        found.texts,
+        found.tested_tokens,
+        found.layers,
+        found.reuses,
+        verdict,
+        time.monotonic() - started_s,
+    )
+
+
+def make_in_child(ask: PairAsk, say: Say = lambda _line: None) -> None:
+    """``make`` in a process of its own, which keeps the certificate. Raises ModelError with what it said."""
+    child = spawn(
+        [sys.executable, "-m", "services.model_runner.pairing", msgspec.json.encode(ask).decode()],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    noise: deque[bytes] = deque(maxlen=20)
+    drain = Thread(target=_drain, args=(child.stderr, noise), daemon=True)
+    drain.start()
+    last = PairSaid()
+    try:
+        for line in child.stdout:
+            last = msgspec.json.decode(line, type=PairSaid)
+            if last.doing:
+                say(last.doing)
+        child.wait()
+        drain.join(5.0)
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        child.stdout.close()
+    if not last.done:
+        why = last.refused or next((line.decode("utf-8", "replace").strip() for line in reversed(noise)), "")
+        raise ModelError(
+            f"measuring {ask.source} on {ask.target}: {why or f'it ended with code {child.returncode}'}",
+            hint="`mindstream models pair` says more",
+            reason="measuring failed",
+        )
+
+
+def _drain(stream: IO[bytes], lines: deque[bytes]) -> None:
+    with stream:
+        lines.extend(stream)
+
+
+def main() -> int:
+    """The child. Returns its exit code."""
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is none of its lines
+
+    def write(said: PairSaid) -> None:
+        out.write(msgspec.json.encode(said).decode() + "\n")
+        out.flush()
+
+    ask = msgspec.json.decode(sys.argv[1], type=PairAsk)
+    data_dir = Path(ask.data_dir)
+    try:
+        identity = load_or_create_identity(data_dir, ask.node)
+        store = VariantStore(data_dir / "model_runner" / FOLDER, Peers(data_dir, identity).keyring)
+        make(
+            ask.model,
+            ask.source,
+            ask.target,
+            identity,
+            store,
+            say=lambda line: write(PairSaid(doing=line)),
+            cache_dir=data_dir / "model_runner",
+        )
+    except MindstreamError as error:
+        write(PairSaid(refused=str(error)))
+        return 1
+    write(PairSaid(done=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
