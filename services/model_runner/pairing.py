@@ -8,21 +8,18 @@ is given back at its end.
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
-from threading import Thread
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from broker.child import spawn
 from edge.config import ModelConfig
 from edge.hardware import describe
 from edge.keys import Peers, load_or_create_identity
 from edge.model_cards import PRECISIONS
+from edge.model_pair import PairAsk, PairSaid
 from protocol.errors import ConfigError, MindstreamError, ModelError
 from protocol.identity import Identity
 from protocol.variants import LayerEffect, Reuse, VariantCertificate, seal_variant
@@ -43,25 +40,6 @@ from services.model_runner.variants import (
 
 CONFIGURED = "own"
 """Names the variant that is configured."""
-
-
-class PairAsk(msgspec.Struct):
-    """What the child is to measure."""
-
-    node: str
-    data_dir: str
-    """The node's."""
-    model: ModelConfig
-    source: str
-    target: str
-
-
-class PairSaid(msgspec.Struct, omit_defaults=True):
-    """A line of the child."""
-
-    doing: str = ""
-    refused: str = ""
-    done: bool = False
 
 
 def variant_settings(settings: ModelConfig, name: str) -> ModelConfig:
@@ -180,46 +158,6 @@ def measure(
         verdict,
         time.monotonic() - started_s,
     )
-
-
-def make_in_child(ask: PairAsk, say: Say = lambda _line: None) -> None:
-    """``make`` in a process of its own, which keeps the certificate. Raises ModelError with what it said."""
-    child = spawn(
-        [sys.executable, "-m", "services.model_runner.pairing", msgspec.json.encode(ask).decode()],
-        cwd=Path(__file__).resolve().parents[2],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
-    noise: deque[bytes] = deque(maxlen=20)
-    drain = Thread(target=_drain, args=(child.stderr, noise), daemon=True)
-    drain.start()
-    last = PairSaid()
-    try:
-        for line in child.stdout:
-            last = msgspec.json.decode(line, type=PairSaid)
-            if last.doing:
-                say(last.doing)
-        child.wait()
-        drain.join(5.0)
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-        child.stdout.close()
-    if not last.done:
-        why = last.refused or next((line.decode("utf-8", "replace").strip() for line in reversed(noise)), "")
-        raise ModelError(
-            f"measuring {ask.source} on {ask.target}: {why or f'it ended with code {child.returncode}'}",
-            hint="`mindstream models pair` says more",
-            reason="measuring failed",
-        )
-
-
-def _drain(stream: IO[bytes], lines: deque[bytes]) -> None:
-    with stream:
-        lines.extend(stream)
 
 
 def main() -> int:

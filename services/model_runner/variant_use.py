@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge.bus import Bus
 from edge.config import ModelConfig
+from edge.model_pair import PairAsk, make_in_child
 from edge.service import Context
 from protocol.errors import MindstreamError, NotFound
 from protocol.manifest import SnapshotManifest
@@ -18,7 +19,7 @@ from protocol.messages import ModelCertified, ModelCertify, VariantCertificateAs
 from protocol.variants import SignedVariantCertificate, Variant, VariantCertificate
 from services.model_runner.codecs.ladder import Asked
 from services.model_runner.engine import Engine
-from services.model_runner.pairing import CONFIGURED, PairAsk, make_in_child
+from services.model_runner.pairing import CONFIGURED
 from services.model_runner.variant_store import FOLDER, VariantStore
 from services.model_runner.variants import Permit, permit, variant_of
 from services.model_runner.worker import Worker
