@@ -86,7 +86,7 @@ def _values(info: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
     if isinstance(info, inspect.BytesType):
         return st.binary(min_size=info.min_length or 0, max_size=min(info.max_length or 64, 64))
     if isinstance(info, inspect.ListType):
-        return st.lists(_values(info.item_type), max_size=3)
+        return st.lists(_values(info.item_type), min_size=info.min_length or 0, max_size=3)
     if isinstance(info, inspect.VarTupleType):
         return st.lists(_values(info.item_type), max_size=3).map(tuple)
     if isinstance(info, inspect.DictType):
