@@ -34,10 +34,16 @@ def storage_errors(doing: str) -> Iterator[None]:
 
 
 def write_atomically(
-    path: Path, data: bytes | bytearray | memoryview, *, mode: int = 0o600, owner: tuple[int, int] | None = None
+    path: Path,
+    data: bytes | bytearray | memoryview,
+    *,
+    mode: int = 0o600,
+    owner: tuple[int, int] | None = None,
+    sync: bool = True,
 ) -> None:
     """Write ``data`` to ``path``, synced to disk: after a crash the old file is there, or the new one, whole.
 
+    Without ``sync`` that holds when the process dies, and not when the machine does: for what names its own digest.
     ``owner`` (user and group id) gives the file away, which only root may. Raises StorageError.
     """
     with storage_errors(f"writing {path}"):
@@ -49,13 +55,15 @@ def write_atomically(
                     os.fchown(descriptor, *owner)
                 file.write(data)
                 file.flush()
-                os.fsync(descriptor)
+                if sync:
+                    os.fsync(descriptor)
             Path(temporary).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
             raise
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,12 +7,12 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
-from edge.files import storage_errors, write_atomically
+from edge.files import storage_errors, sync_folder, write_atomically
 from protocol.errors import UNREADABLE, BadSignature, BlobError, NotFound
 from protocol.layout import ChunkRef
 from protocol.manifest import SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
@@ -52,11 +52,25 @@ class SnapshotStore:
         write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
         return identifier
 
-    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview) -> None:
-        """Write one chunk unless it is here, whole. Raises StorageError."""
+    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview, *, sync: bool = True) -> None:
+        """Write one chunk unless it is here, whole. Raises StorageError.
+
+        Without ``sync`` call ``sync_chunks`` before the manifest that names it is put.
+        """
         # Compared, not only looked for: what was damaged on the disk is healed by saving or fetching it again.
         if self.chunk(ref) != data:
-            write_atomically(self._chunk_path(ref), data)
+            write_atomically(self._chunk_path(ref), data, sync=sync)
+
+    def sync_chunks(self, refs: Iterable[ChunkRef]) -> None:
+        """Have chunks on the disk that were put without. Raises StorageError."""
+        with storage_errors(f"syncing {self._chunks}"):
+            for ref in refs:
+                descriptor = os.open(self._chunk_path(ref), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            sync_folder(self._chunks)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

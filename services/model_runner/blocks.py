@@ -107,12 +107,22 @@ def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]], kept:
 
 class Assembly:
     """Layers of ``spec`` after ``seen_tokens`` positions that are being put together from parts; ``kept`` are the
-    bitmaps of a pruned state."""
+    bitmaps of a pruned state.
 
-    def __init__(self, spec: ModelSpec, seen_tokens: int, kept: Sequence[bytes] = ()) -> None:
+    They are written into ``layers`` where these are given (``Engine.open_cache``), else into new arrays.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        seen_tokens: int,
+        kept: Sequence[bytes] = (),
+        *,
+        layers: list[LayerState] | None = None,
+    ) -> None:
         self._spec = spec
         self._blocks = block_layouts(spec, seen_tokens, kept)
-        self._layers = empty_layers(spec, seen_tokens, positions=from_bitmaps(kept, seen_tokens))
+        self._layers = layers or empty_layers(spec, seen_tokens, positions=from_bitmaps(kept, seen_tokens))
 
     def decode(self, place: PartPlace, data: memoryview, codec: Codec) -> None:
         """Take in what ``codec`` made of a part; states are always raw, and of their size. Raises SnapshotRefused."""

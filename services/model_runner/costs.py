@@ -188,9 +188,10 @@ class Option(msgspec.Struct):
     """A rung, or ``tokens``."""
     size_bytes: int
     phases_s: dict[str, float]
-    """Likely seconds of each; transfer and decode overlap, and what that saves is taken off ``decode``."""
+    """Likely seconds of ``ask``, ``save``, ``transfer``, ``decode``, ``prefill``; transfer and decode run beside each
+    other."""
     likely_s: float
-    """To the first token; infinite when something of it is not known."""
+    """Until the next token can be generated; infinite when something of it is not known."""
     cautious_s: float
     """If things go badly: what it is compared by, against the likely time of reading again."""
     why_not: str = ""
@@ -205,8 +206,6 @@ class Here(msgspec.Struct, frozen=True):
     link: Link
     decode: dict[str, Estimate]
     """Seconds a byte of KV to verify, decrypt, decode and import, by codec."""
-    step_s: float = 0.0
-    """Of the first token, the same for all."""
     local: bool = False
     """Whether the snapshot is on this node's own disk."""
     bases: frozenset[bytes] = frozenset()
@@ -262,8 +261,8 @@ def _reading(tokens: int, here: Here) -> Option:
     manifest, _ = _link(1, manifest_bytes(tokens, 0), here)
     manifest = manifest if manifest < math.inf else 0.0
     prefill = here.prefill.seconds(min(here.read_tokens, tokens - 1), tokens - 1)
-    phases = {"manifest": manifest, "prefill": prefill, "step": here.step_s}
-    total = sum(phases.values())
+    phases = {"ask": manifest, "prefill": prefill}
+    total = manifest + prefill
     return Option(TOKENS, manifest_bytes(tokens, 0), phases, total, total)
 
 
@@ -273,16 +272,9 @@ def _loading(tokens: int, kv_bytes: int, rung: RungOffer, here: Here, kv_refused
     basis_bytes = 0 if not rung.basis or rung.basis in here.bases else rung.basis_bytes
     basis, slow_basis = _link(2, basis_bytes, here) if basis_bytes else (0.0, 0.0)
     decode, slow_decode = _seconds(here.decode.get(rung.codec, Estimate()), kv_bytes, here)
-    phases = {
-        "save": rung.save_s,
-        **({"basis": basis} if basis_bytes else {}),
-        "manifest": manifest,
-        "transfer": transfer,
-        "decode": overlapped(transfer, decode) - transfer,
-        "step": here.step_s,
-    }
-    likely = sum(phases.values())
-    cautious = rung.save_s + slow_basis + slow_manifest + overlapped(slow_transfer, slow_decode) + here.step_s
+    phases = {"ask": manifest, "save": rung.save_s, "transfer": basis + transfer, "decode": decode}
+    likely = manifest + rung.save_s + basis + overlapped(transfer, decode)
+    cautious = slow_manifest + rung.save_s + slow_basis + overlapped(slow_transfer, slow_decode)
     return Option(rung.codec, rung.size_bytes, phases, likely, cautious, kv_refused)
 
 

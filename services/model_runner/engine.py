@@ -179,6 +179,9 @@ class KVCache(ABC):
     def allocated_bytes(self) -> int:
         """Memory that it takes now, room for what is still to come included."""
 
+    def written(self) -> None:  # noqa: B027 - most engines leave nothing open
+        """What ``Engine.open_cache`` left open is in its place now."""
+
     @abstractmethod
     def close(self) -> None:
         """Give its memory back at once; it may not be used after. A second call does nothing."""
@@ -315,6 +318,19 @@ class Engine(ABC):
             hint="read the conversation's tokens again",
             reason="all layers or none",
         )
+
+    def open_cache(
+        self,
+        tokens: int,  # noqa: ARG002 - for engines that can
+        capacity_tokens: int,  # noqa: ARG002
+    ) -> tuple[KVCache, list[LayerState]] | None:
+        """A new cache of ``tokens`` positions that are still to be written, and its layers as views to write them into.
+
+        Another thread may write them, while the engine goes on; the cache is not used before ``KVCache.written`` is
+        called, and closed only when nobody writes any more. None where that cannot be: then ``import_layers`` copies.
+        Raises as ``new_cache``.
+        """
+        return None
 
     def check_restored(self, layers: Sequence[LayerState], capacity_tokens: int) -> int:
         """The positions that ``layers`` hold, once they fit this model and a cache of ``capacity_tokens``.

@@ -65,6 +65,10 @@ class OnnxKVCache(KVCache):
     def allocated_bytes(self) -> int:
         return self.arena.bytes_of(self.row) if self.row is not None else 0
 
+    def written(self) -> None:
+        if self.row is not None:
+            self.row.pinned = False
+
     def close(self) -> None:
         self.closed = True
         row, self.row = self.row, None
@@ -267,6 +271,17 @@ class OnnxEngine(Engine):
         row.length = length
         row.kept_from = self._first_needed(length)
         return cache
+
+    def open_cache(self, tokens: int, capacity_tokens: int) -> tuple[KVCache, list[LayerState]] | None:
+        if not self._arena.views or tokens > capacity_tokens:
+            return None
+        cache = self.new_cache(capacity_tokens)
+        self._check_memory(tokens)
+        row = cache.taken_row()
+        row.pinned = True
+        row.length = tokens
+        row.kept_from = self._first_needed(tokens)
+        return cache, self._prefix_of(cache, tokens)
 
     def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> OnnxKVCache | None:
         own = self._own(cache)

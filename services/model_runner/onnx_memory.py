@@ -42,7 +42,7 @@ _MAP_NORESERVE = 0x4000 if not hasattr(mmap, "MAP_NORESERVE") else int(mmap.MAP_
 class Row:
     """One conversation's place; its number changes when it is moved. Everything in it is of one conversation."""
 
-    __slots__ = ("index", "kept_from", "length")
+    __slots__ = ("index", "kept_from", "length", "pinned")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -50,6 +50,8 @@ class Row:
         """Positions written."""
         self.kept_from = 0
         """Sliding layers hold the positions from this one on; the pages before it have been given back."""
+        self.pinned = False
+        """Another thread writes into it: it is not moved."""
 
 
 class Rows(ABC):
@@ -63,6 +65,8 @@ class Rows(ABC):
     """Of each row: the context, rounded up."""
     limit: int
     """Conversations that there is room for."""
+    views: bool
+    """Whether what ``read`` gives is the memory itself, and can be written to."""
 
     def __init__(self) -> None:
         self._bindings: OrderedDict[tuple[int, int], Any] = OrderedDict()
@@ -150,6 +154,8 @@ class RowArena(Rows):
 
     Raises ModelError when not even one row can be reserved.
     """
+
+    views = True
 
     def __init__(
         self, layers: Sequence[LayerSpec], context_tokens: int, dtype: np.dtype[Any], rows: int = ARENA_ROWS
@@ -249,6 +255,8 @@ class RowArena(Rows):
             if self._span(rows) == len(rows):
                 return True
             start = self._cheapest_window(rows)
+            if start is None:
+                return False
             window = range(start, start + len(rows))
             members = set(map(id, rows))
             outside = [row for row in rows if row.index not in window]
@@ -269,13 +277,17 @@ class RowArena(Rows):
         indices = [row.index for row in rows]
         return max(indices) - min(indices) + 1
 
-    def _cheapest_window(self, rows: Sequence[Row]) -> int:
-        """The first row of the window into which fewest positions have to be moved, or out of it."""
+    def _cheapest_window(self, rows: Sequence[Row]) -> int | None:
+        """The first row of the window into which fewest positions have to be moved, or out of it; None when rows that
+        are not moved are in the way of each."""
         members = set(map(id, rows))
         total = sum(row.length for row in rows)
-        best_start, best_cost = 0, float("inf")
+        best_start: int | None = None
+        best_cost = float("inf")
         for start in range(len(self._rows) - len(rows) + 1):
             found = [row for row in self._rows[start : start + len(rows)] if row is not None]
+            if any(row.pinned for row in found):
+                continue
             staying = sum(row.length for row in found if id(row) in members)
             leaving = sum(row.length for row in found if id(row) not in members)
             if total - staying + leaving < best_cost:
@@ -303,6 +315,7 @@ class DeviceRows(Rows):
     """Rows in a GPU's memory, each allocated whole."""
 
     limit = ARENA_ROWS
+    views = False
 
     def __init__(self, layers: Sequence[LayerSpec], context_tokens: int, dtype: np.dtype[Any], device: str) -> None:
         super().__init__()

@@ -55,6 +55,8 @@ class Loaded:
     """Why so much."""
     meter: Meter = field(default_factory=lambda: Meter([], "nobody has looked for a sensor"))
     """Measures the energy of what computes."""
+    on_chunk: Callable[[int, int, float], None] = lambda _start, _end, _seconds: None
+    """Called on the worker's thread with what was read of a prompt, and how long that took."""
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
@@ -295,7 +297,9 @@ class Rounds:
             start = end = state.cache.length
             if not state.prefilled:
                 end = chunk_ends(start, len(state.tokens) - 1, self._engine.chunk_tokens)[0]
+                reading_s = time.perf_counter()
                 self._engine.prefill(state.cache, state.tokens[start:end])
+                self.loaded.on_chunk(start, end, time.perf_counter() - reading_s)
                 self._has_read(answer, start, end)
         except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
             if not self._out_of_memory(answer, error):

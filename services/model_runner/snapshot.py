@@ -60,6 +60,7 @@ from services.model_runner.engine import (
     NO_POSITIONS,
     STORAGE_DTYPES,
     Engine,
+    KVCache,
     LayerState,
     ModelSpec,
     OnProgress,
@@ -299,6 +300,18 @@ def refusal(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) ->
     return None
 
 
+def other_numerics(engine: Engine, manifest: SnapshotManifest) -> str:
+    """What of the weights, configuration or numerics is another one here; empty when all is the same."""
+    own: ModelDigests | NumericsFingerprint
+    theirs: ModelDigests | NumericsFingerprint
+    for own, theirs in ((engine.spec.digests, manifest.digests), (engine.fingerprint, manifest.fingerprint)):
+        for name in own.__struct_fields__:
+            here, there = getattr(own, name), getattr(theirs, name)
+            if here != there:
+                return f"other {name}: {_brief(there)} there, {_brief(here)} here"
+    return ""
+
+
 def why_not_exact(
     engine: Engine,
     manifest: SnapshotManifest,
@@ -317,13 +330,8 @@ def why_not_exact(
         variant: permits KV of the variant that it names, whatever else differs (``variants.permit``).
     """
     if variant is None or variant.variant != Variant.of(manifest.digests, manifest.fingerprint):
-        own: ModelDigests | NumericsFingerprint
-        theirs: ModelDigests | NumericsFingerprint
-        for own, theirs in ((engine.spec.digests, manifest.digests), (engine.fingerprint, manifest.fingerprint)):
-            for name in own.__struct_fields__:
-                here, there = getattr(own, name), getattr(theirs, name)
-                if here != there:
-                    return f"other {name}: {_brief(there)} there, {_brief(here)} here"
+        if reason := other_numerics(engine, manifest):
+            return reason
     try:
         exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:
@@ -350,6 +358,8 @@ class Read(NamedTuple):
     """Whether the layers are so bit for bit."""
     variant: Permit | None = None
     """By which the layers are used, where another variant of the model computed them."""
+    cache: KVCache | None = None
+    """That the layers are views of, where they were decoded into it."""
 
 
 def read(
@@ -401,14 +411,18 @@ def read_taken(
     private: PrivatePart,
     taken: Intake,
     variant: Permit | None = None,
+    cache: KVCache | None = None,
 ) -> Read:
-    """The state whose chunks ``taken`` has taken in, all of them. Raises SnapshotRefused."""
+    """The state whose chunks ``taken`` has taken in, all of them. Raises SnapshotRefused.
+
+    ``cache`` is the one whose layers it wrote them into, if it did (``Engine.open_cache``).
+    """
     layers = taken.layers()
     check_layers(_spec_there(engine, manifest, variant), layers)
     # Another variant's logits are no check of the first step here.
     logits = taken.logits if variant is None else None
     exact = taken.codec.exact and not manifest.kept
-    return Read(*_read_state(engine, manifest, private), layers, logits, "", exact, variant)
+    return Read(*_read_state(engine, manifest, private), layers, logits, "", exact, variant, cache)
 
 
 def _spec_there(engine: Engine, manifest: SnapshotManifest, variant: Permit | None) -> ModelSpec:
@@ -422,7 +436,10 @@ def restore(engine: Engine, found: Read) -> Unpacked:
     """The state that was read, in a cache of its own; the worker's part of ``unpack``. Raises as ``import_layers``."""
     progress = found.progress
     capacity = min(progress.capacity_tokens, engine.spec.context_tokens)
-    if found.reason:
+    if found.cache is not None:
+        cache = found.cache
+        cache.written()
+    elif found.reason:
         cache = engine.new_cache(capacity)
     elif found.variant is not None:
         cache = take_in(engine, found.layers, found.tokens[:-1], capacity, found.variant.computed_layers)
@@ -503,8 +520,11 @@ def intake(
     key: DataKey,
     basis: Basis | None = None,
     variant: Permit | None = None,
+    layers: list[LayerState] | None = None,
 ) -> Intake:
     """What takes in the chunks of a snapshot that ``why_not_exact`` has nothing against, one by one, as they come.
+
+    They are decoded into ``layers`` where these are given (``Engine.open_cache``).
 
     The layouts match the model, and the sizes the layouts, before anything is allocated. Raises SnapshotRefused.
     """
@@ -530,7 +550,7 @@ def intake(
         private.address_list(),
         key,
         find_codec(manifest.codec, basis),
-        Assembly(spec, manifest.cached_tokens, manifest.kept),
+        Assembly(spec, manifest.cached_tokens, manifest.kept, layers=layers),
         lambda field, reason: refused(manifest, field, reason),
     )
 
