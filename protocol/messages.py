@@ -592,6 +592,58 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
     """Of KV that is not exact."""
 
 
+class HandoffOfferAsk(msgspec.Struct, omit_defaults=True):
+    """Ask what a node could send of a conversation as it is now."""
+
+    conversation: Name
+    sealing_key: Annotated[str, Meta(max_length=256)] = ""
+    """The asker's, as its node's state has it."""
+
+
+class OfferedRung(msgspec.Struct, omit_defaults=True):
+    """One way in which a holder would encode a conversation's KV."""
+
+    codec: str
+    exact: bool
+    size_bytes: int
+    """By the rung's usual ratio."""
+    save_ms: float | None
+    """What copying, encoding and sealing is expected to take there, with caution; None where it was never measured."""
+    mean_kl: float = 0.0
+    """Usual, nats a token."""
+    top1: float = 1.0
+    """Usual."""
+    basis: bytes = b""
+    """Digest of the basis that its decoder needs; empty for none."""
+    basis_bytes: int = 0
+
+
+class HandoffOffer(msgspec.Struct, omit_defaults=True):
+    """What a node could send of a conversation."""
+
+    tokens: int
+    """The pending one included."""
+    kv_bytes: int
+    """Of its KV in memory."""
+    rungs: list[OfferedRung]
+    took_ms: float
+    """What making this offer took: the rest of the asker's waiting was the link's."""
+    signed: SignedManifest | None = None
+    """A snapshot of its token ids alone, so that they can be read without asking again."""
+
+
+class LinkProbe(msgspec.Struct):
+    """Ask for bytes, to see how fast they come."""
+
+    size_bytes: Annotated[int, Meta(ge=0, le=64 * KIB)]
+
+
+class LinkProbed(msgspec.Struct):
+    """So many random bytes."""
+
+    data: Annotated[bytes, Meta(max_length=64 * KIB)]
+
+
 class ModelStep(msgspec.Struct, omit_defaults=True):
     """One step of a conversation, by hand: what could come next, after taking tokens, or going back.
 
@@ -1009,6 +1061,22 @@ _ROWS: tuple[MessageRow, ...] = (
         ask=AskRow("model_runner", "step", "model.stepped"),
     ),
     _row("model.stepped", ModelStepped, topics.REPLY, max_bytes=64 * KIB),
+    _row(
+        "handoff.offer.ask",
+        HandoffOfferAsk,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "offer", "handoff.offer"),
+    ),
+    _row("handoff.offer", HandoffOffer, topics.REPLY),
+    _row(
+        "link.probe",
+        LinkProbe,
+        topics.ASK,
+        max_bytes=4 * KIB,
+        ask=AskRow("model_runner", "probe", "link.probed"),
+    ),
+    _row("link.probed", LinkProbed, topics.REPLY, max_bytes=68 * KIB),
     _row(
         "model.resume",
         ModelResume,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -285,26 +286,57 @@ def overlapped(transfer_s: float, decode_s: float) -> float:
     return max(transfer_s + DECODE_ALONE * decode_s, decode_s)
 
 
-def choose(options: Sequence[Option], rungs: Iterable[RungOffer], wanted: Wanted) -> Option:
+EXACT_WORTH, EXACT_WORTH_S = 1.05, 0.03
+"""Exact KV may take so much longer than reading again, which is not exact, and is taken all the same."""
+
+
+def choose(
+    options: Sequence[Option],
+    rungs: Iterable[RungOffer],
+    wanted: Wanted,
+    *,
+    way: Literal["auto", "chunks", "tokens"] = "auto",
+) -> Option:
     """The quickest way of ``options`` that has the fidelity asked for; why not is noted in the others.
 
-    Loading must be quicker, if things go badly, than reading again is as a rule.
+    Loading must be quicker, if things go badly, than reading again is as a rule; where it is exact it may take a little
+    longer. ``way`` says it outright: KV wherever it can be used, or reading again.
     """
     offers = {rung.codec: rung for rung in rungs}
     reading = options[0]
-    best = reading
+    loading: list[Option] = []
     for option in options[1:]:
         option.why_not = option.why_not or _unfaithful(offers[option.codec], wanted)
-        if not option.why_not and option.cautious_s == math.inf:
+        if not option.why_not and option.cautious_s == math.inf and way != "chunks":
             option.why_not = "not known how long it takes: it was never measured"
-        if not option.why_not and option.cautious_s < best.cautious_s:
-            best = option
+        if not option.why_not:
+            loading.append(option)
+    best = reading
+    quickest = min(loading, key=lambda option: option.cautious_s, default=None)
+    if quickest is not None and way == "chunks":
+        best = quickest
+    elif quickest is not None and way == "auto":
+        exact = min(
+            (option for option in loading if offers[option.codec].exact),
+            key=lambda option: option.cautious_s,
+            default=None,
+        )
+        if quickest.cautious_s < reading.cautious_s:
+            best = quickest
+        elif exact is not None and exact.cautious_s <= EXACT_WORTH * reading.cautious_s + EXACT_WORTH_S:
+            best = exact
     for option in options:
         if option is not best and not option.why_not:
-            option.why_not = f"{best.codec} is quicker"
-            if option.likely_s < best.likely_s:
-                option.why_not += " if things go badly"
+            option.why_not = _slower(option, best, way)
     return best
+
+
+def _slower(option: Option, best: Option, way: str) -> str:
+    if way != "auto" and TOKENS in (option.codec, best.codec):
+        return f"{best.codec if way == 'tokens' else 'its KV'} was asked for"
+    if option.cautious_s <= best.cautious_s:
+        return "it would not be exact"
+    return f"{best.codec} is quicker" + (" if things go badly" if option.likely_s < best.likely_s else "")
 
 
 def _unfaithful(offer: RungOffer, wanted: Wanted) -> str:

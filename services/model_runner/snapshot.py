@@ -432,6 +432,11 @@ def _spec_there(engine: Engine, manifest: SnapshotManifest, variant: Permit | No
     return replace(engine.spec, dtype=manifest.kv_dtype)
 
 
+def capacity_of(engine: Engine, manifest: SnapshotManifest, private: PrivatePart) -> int:
+    """Positions that the cache of a resumed state may ever hold. Raises SnapshotRefused."""
+    return min(_progress(manifest, private).capacity_tokens, engine.spec.context_tokens)
+
+
 def restore(engine: Engine, found: Read) -> Unpacked:
     """The state that was read, in a cache of its own; the worker's part of ``unpack``. Raises as ``import_layers``."""
     progress = found.progress

@@ -1,0 +1,214 @@
+"""Taking a snapshot's KV over: saved by its holder if need be, fetched, and decoded while it comes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge.answers import remaining_ms
+from edge.blobs import BlobReceiver
+from edge.bus import Bus
+from edge.service import Context
+from edge.snapshot_store import SnapshotStore
+from protocol.codec import Received
+from protocol.errors import AskExpired, BlobError
+from protocol.manifest import SignedManifest
+from protocol.messages import ModelSnapshot, SnapshotManifestAsk, SnapshotSaved, SnapshotWishes
+from protocol.sharing import Opened, open_snapshot
+from services.model_runner import snapshot
+from services.model_runner.cost_book import CostBook
+from services.model_runner.engine import KVCache, LayerState
+from services.model_runner.handoff import Handoff, Unusable, since_ms
+from services.model_runner.landing import Landing
+from services.model_runner.rounds import Loaded
+from services.model_runner.worker import Worker
+
+log = logging.getLogger(__name__)
+
+MANIFEST_TTL_MS = 10_000
+"""A holder that has not sent its manifest by then is away."""
+ANSWER_MARGIN_MS = 1_000
+"""So long before the asker's patience ends it is told that the holder is silent."""
+TRANSFER_TIMEOUT_S = 540.0
+LOOK_EVERY_S = 0.05
+
+
+class Taken(NamedTuple):
+    """A snapshot whose KV is here."""
+
+    opened: Opened
+    identifier: str
+    signed: SignedManifest
+    found: snapshot.Read
+    landing: Landing
+
+
+class Taking:
+    """Takes over what other nodes hold, or what is on this disk.
+
+    Args:
+        blob_bus: a connection of its own for chunks, so that tokens do not wait behind them.
+        stopping: asked now and then while chunks come; True ends that.
+        receiver: more named arguments for ``BlobReceiver``.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        bus: Bus,
+        blob_bus: Bus,
+        worker: Worker,
+        store: SnapshotStore,
+        book: CostBook,
+        stopping: Callable[[], bool],
+        receiver: dict[str, Any],
+    ) -> None:
+        self._context = context
+        self._node = context.identity.node
+        self._bus = bus
+        self._blob_bus = blob_bus
+        self._worker = worker
+        self._store = store
+        self._book = book
+        self._stopping = stopping
+        self._receiver = receiver
+        self._decoders = max(1, min(4, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor(self._decoders, "chunk decoder")
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # --- asking the holder ----------------------------------------------------------------------------------
+
+    def ask(self, holder: str, ask: msgspec.Struct, message: Received, doing: str) -> Any:
+        """Ask the holder for something small, while the asker waits. Raises BlobError when it is silent, and what it
+        answers with."""
+        ttl_ms = max(1, min(MANIFEST_TTL_MS, remaining_ms(message) - ANSWER_MARGIN_MS))
+        try:
+            return self._bus.ask(holder, ask, ttl_ms=ttl_ms)
+        except AskExpired as error:
+            raise _silent(holder, doing, ttl_ms) from error
+
+    def manifest(self, holder: str, identifier: str, message: Received) -> SignedManifest:
+        """A snapshot's, from this node's disk or from its holder. Raises BlobError when that is silent."""
+        if holder == self._node:
+            return self._store.manifest(identifier)
+        ask = SnapshotManifestAsk(identifier, self._context.identity.sealing_key)
+        signed: SignedManifest = self.ask(holder, ask, message, f"fetching snapshot {identifier[:12]}")
+        return signed
+
+    def _save(self, handoff: Handoff) -> tuple[Opened, str, SignedManifest]:
+        """Have the conversation saved by the rung that was chosen."""
+        ask, started_s = handoff.ask, time.monotonic()
+        wishes = SnapshotWishes(handoff.best.codec, most_kl=ask.most_kl, least_top1=ask.least_top1)  # type: ignore[arg-type]
+        ttl_ms = max(1, remaining_ms(handoff.message) - ANSWER_MARGIN_MS)
+        answer = self._bus.ask_later(ask.holder, ModelSnapshot(ask.source, wishes=wishes), ttl_ms=ttl_ms)
+        while True:
+            handoff.check_wanted()
+            try:
+                saved: SnapshotSaved = answer.result(LOOK_EVERY_S)
+                break
+            except AskExpired as error:
+                raise _silent(ask.holder, f"having {ask.source!r} saved", ttl_ms) from error
+            except NotDone:
+                continue
+        handoff.phases.save_ms = since_ms(started_s)
+        started_s = time.monotonic()
+        signed = self.manifest(ask.holder, saved.snapshot, handoff.message)
+        opened = open_snapshot(signed, saved.snapshot, self._context.identity, self._context.peers.keyring())
+        handoff.phases.ask_ms += since_ms(started_s)
+        return opened, saved.snapshot, signed
+
+    # --- taking ---------------------------------------------------------------------------------------------
+
+    def take(self, handoff: Handoff) -> Taken:
+        """Fetch what was decided on, and decode it.
+
+        Raises Outrun; Unusable; SnapshotRefused for chunks that do not hold what they should; BlobError, StorageError.
+        """
+        found = (handoff.opened, handoff.identifier, handoff.signed) if handoff.named else self._save(handoff)
+        opened, identifier, signed = found
+        manifest, private, key, _ = opened
+        cache, layers = self._worker.between_tokens(lambda loaded: self._open(loaded, handoff, opened)).result()
+        landing: Landing | None = None
+        try:
+            intake = snapshot.intake(handoff.engine, manifest, private, key, layers=layers)
+            landing = Landing(self._store, manifest, intake, self._threads)
+            self._fetch(handoff, identifier, landing, opened)
+            read = snapshot.read_taken(handoff.engine, manifest, private, intake, cache)
+        except BaseException:
+            if landing is not None:
+                landing.abandon()
+            if cache is not None:
+                cache.close()
+            raise
+        return Taken(opened, identifier, signed, read, landing)
+
+    def _open(self, loaded: Loaded, handoff: Handoff, opened: Opened) -> tuple[KVCache | None, list[LayerState] | None]:
+        """A cache that is written into from outside, where the engine has such. On the worker's thread."""
+        engine, manifest = loaded.engine, opened.manifest
+        refused = snapshot.refusal(engine, manifest, opened.private)
+        if refused is not None:
+            raise refused
+        if reason := snapshot.why_not_exact(engine, manifest, lossy=handoff.ask.lossy):
+            raise Unusable(reason)
+        capacity = snapshot.capacity_of(engine, manifest, opened.private)
+        return engine.open_cache(manifest.cached_tokens, capacity) or (None, None)
+
+    def _fetch(self, handoff: Handoff, identifier: str, landing: Landing, opened: Opened) -> None:
+        manifest, holder = opened.manifest, handoff.ask.holder
+        handoff.total_bytes = sum(ref.size_bytes for ref in manifest.chunks)
+        handoff.lock.enter_context(self._store.writing())
+        started_s = time.monotonic()
+        here_bytes = handoff.here_bytes = landing.take_stored()
+        if holder != self._node and here_bytes < handoff.total_bytes:
+            handoff.fetching_s = time.monotonic()
+
+            def progress(here: int, _total: int) -> None:
+                handoff.here_bytes, handoff.fetched_bytes = here, here - here_bytes
+
+            receiver = BlobReceiver(
+                self._bus,
+                self._blob_bus,
+                landing,
+                progress,
+                lambda: self._stopping() or handoff.outrun.is_set(),
+                **self._receiver,
+            )
+            try:
+                receiver.pull(holder, identifier, manifest, timeout_s=TRANSFER_TIMEOUT_S)
+            except BlobError:
+                handoff.check_wanted()
+                raise
+            finally:
+                took_s = time.monotonic() - handoff.fetching_s
+                self._book.fetched(holder, handoff.fetched_bytes, took_s)
+                handoff.phases.transfer_ms = took_s * 1000
+        elif here_bytes < handoff.total_bytes:
+            raise BlobError(
+                f"reading a snapshot of {manifest.conversation}: {handoff.total_bytes - here_bytes:,} of its "
+                f"{handoff.total_bytes:,} bytes are missing or were damaged on the disk",
+                hint="fetch it from another node, or save the conversation again",
+                reason="chunks missing",
+            )
+        else:
+            handoff.phases.transfer_ms = since_ms(started_s)
+        landing.finish()
+        handoff.phases.decode_ms = landing.busy_s * 1000 / self._decoders
+
+
+def _silent(holder: str, doing: str, ttl_ms: int) -> BlobError:
+    return BlobError(
+        f"{doing}: {holder} has not answered in {ttl_ms / 1000:g} s",
+        hint="is that its name, and is its model runner up? `mindstream status` shows who is there",
+        field="holder",
+        reason="holder silent",
+    )
