@@ -1,10 +1,10 @@
 """Resuming: a snapshot, from this node's disk or from the node that holds it, to a conversation that goes on here.
 
-What is predicted to be the quickest way is taken (``costs``): the KV by the rung that suits the link, or the token ids,
-read again. The engine is asked first whether it can take the KV in, and only then are chunks fetched. They are decrypted
-and decoded while later ones come (``landing``). When they come so slowly that reading again would be quicker, that is
-begun beside them, and the first to be done wins. Where the chunks do not hold what they should, the tokens are read
-again as well, and the answer says why.
+What is predicted to be the quickest way is taken (``costs``): the KV by the rung that suits the link, or the token
+ids, read again. The engine is asked first whether it can take the KV in, and only then are chunks fetched. They are
+decrypted and decoded while later ones come (``landing``). When they come so slowly that reading again would be quicker,
+that is begun beside them, and the first to be done wins. Where the chunks do not hold what they should, the tokens are
+read again as well, and the answer says why.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from edge.bus import Bus
+from edge.mailbox import Mailbox
 from edge.service import Context
 from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
@@ -61,7 +62,7 @@ class Resuming:
         blob_bus: a connection of its own for chunks, so that tokens do not wait behind them.
         book: what was measured of reading, links and codecs.
         stopping: asked now and then while chunks come; True ends that.
-        receiver: more named arguments for ``BlobReceiver``.
+        mailbox: of this host, for chunks of its other nodes.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Resuming:
         store: SnapshotStore,
         book: CostBook,
         stopping: Callable[[], bool],
-        **receiver: Any,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -81,7 +82,7 @@ class Resuming:
         self._worker = worker
         self._store = store
         self._book = book
-        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, receiver)
+        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox)
         self._threads = ThreadPoolExecutor(2, "snapshot fetcher")
         self._ways = ThreadPoolExecutor(4, "ways of resuming")
         self._keeper = ThreadPoolExecutor(1, "snapshot keeper")
@@ -250,26 +251,21 @@ class Resuming:
         taking: Future[Taken] = self._ways.submit(self._taking.take, handoff)
         reading: Reading | None = None
         read: Future[snapshot.Unpacked | None] | None = None
-        reason = ""
+        reason, used = "", False
         try:
             while True:
-                wait([each for each in (taking, read) if each is not None], LOOK_EVERY_S, FIRST_COMPLETED)
+                running: list[Future[Any]] = [each for each in (taking, read) if each is not None and not each.done()]
+                wait(running, LOOK_EVERY_S, FIRST_COMPLETED)
                 if taking.done() and not reason:
                     try:
-                        return self._take_in(handoff, taking.result())
+                        answer = self._take_in(handoff, taking.result())
+                        used = True
+                        return answer
+                    except MindstreamError as error:
+                        reason = self._why_not_taken(handoff, error)
                     except Unusable as error:
                         reason = str(error)
-                    except SnapshotRefused as error:
-                        self._bus.counters.add("refused.snapshot_kv")
-                        self._bus.events.report("refused-snapshot-kv", "warning", str(error))
-                        reason = f"{error.field}: {error.reason}"
-                    except (BlobError, MindstreamError) as error:
-                        if handoff.ask.way != "auto" or handoff.named:
-                            raise  # it can be tried again, and goes on where it was
-                        self._bus.counters.add("failed.handoff_kv")
-                        reason = f"its KV could not be had: {error.reason or error.message}"
-                if read is not None and read.done() and (found := read.result()) is not None:
-                    assert reading is not None
+                if reading is not None and read is not None and read.done() and (found := read.result()) is not None:
                     return self._read_first(handoff, reading, found, reason)
                 if read is None and (reason or (handoff.ask.way == "auto" and handoff.should_read_too())):
                     reading = self._reading(handoff, reason or "its KV came slower than was predicted")
@@ -278,8 +274,20 @@ class Resuming:
             handoff.outrun.set()
             if reading is not None:
                 reading.stop()
-            with contextlib.suppress(Exception):
-                wait([taking])  # nothing writes into the store or a cache any more
+            if not used:
+                taking.add_done_callback(_let_go)
+
+    def _why_not_taken(self, handoff: Handoff, error: MindstreamError) -> str:
+        """What is said of KV that could not be taken; raises ``error`` where it is to be tried again instead."""
+        if isinstance(error, SnapshotRefused):
+            self._bus.counters.add("refused.snapshot_kv")
+            self._bus.events.report("refused-snapshot-kv", "warning", str(error))
+            return f"{error.field}: {error.reason}"
+        if handoff.ask.way != "auto":
+            raise error
+        self._bus.counters.add("failed.handoff_kv")
+        self._bus.events.report("handoff-kv-failed", "warning", f"{handoff.name} is read again: {error}")
+        return f"its KV could not be had: {error.reason or error.message}"
 
     def _reading(self, handoff: Handoff, reason: str) -> Reading:
         manifest, private = handoff.opened.manifest, handoff.opened.private
@@ -404,6 +412,14 @@ class Resuming:
             log.warning("snapshot %s: %s", identifier[:12], error)
             return signed
         return msgspec.structs.replace(signed, provenance=chain)
+
+
+def _let_go(taking: Future[Taken]) -> None:
+    """Close a cache that was put together and not taken in."""
+    if not taking.cancelled() and taking.exception() is None:
+        cache = taking.result().found.cache
+        if cache is not None:
+            cache.close()
 
 
 def _kv_bytes(engine: Engine, opened: Opened) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -34,6 +36,8 @@ from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest
 from protocol.messages import (
     BlobPull,
     BlobPulling,
+    LinkProbe,
+    LinkProbed,
     ModelBasisAsk,
     ModelBuiltAsk,
     ModelCancel,
@@ -58,6 +62,7 @@ from services.model_runner.bases import find_basis
 from services.model_runner.basis_sharing import BasisFetcher, BasisShelf
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.conversations import CONVERSATIONS, Conversations, Evicted
+from services.model_runner.cost_book import CostBook
 from services.model_runner.embedding import Embeddings
 from services.model_runner.engine import Engine, ModelSpec
 from services.model_runner.heat import HeatWatch
@@ -113,8 +118,9 @@ class ModelRunner(Service):
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
         self.saving = Saving(self.context, self.bus, self.worker, self.store)
+        self.costs = CostBook(self.context.data_dir / "costs.msgpack")
         self.resuming = Resuming(
-            self.context, self.bus, self.blob_bus, self.worker, self.store, self.stopping, self.mailbox
+            self.context, self.bus, self.blob_bus, self.worker, self.store, self.costs, self.stopping, self.mailbox
         )
         self.stepping = Stepping(self.worker, self._report)
         self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
@@ -140,6 +146,7 @@ class ModelRunner(Service):
         self.sender.stop()
         self.mailbox.close()
         self.blob_bus.stop()
+        self.costs.save()
         self.db.close()
 
     def tick(self) -> None:
@@ -235,6 +242,8 @@ class ModelRunner(Service):
         budget = kv_budget(settings.kv_memory_mib, *free_memory(engine.fingerprint.device))
         log.info("KV caches may take %.0f MiB: %s", budget.size_bytes / MIB, budget.reason)
         chat = ChatFormat.load(chosen.folder)
+        self.costs.probe_reading(engine)
+        threading.Thread(target=self.costs.probe_codecs, args=(engine.spec,), name="codec probe", daemon=True).start()
         return Loaded(
             engine,
             chat,
@@ -245,6 +254,7 @@ class ModelRunner(Service):
             kv_budget_bytes=budget.size_bytes,
             budget_reason=budget.reason,
             meter=self._meter(engine, chosen.device.value),
+            on_chunk=self.costs.read,
         )
 
     def _meter(self, engine: Engine, device: str) -> Meter:
@@ -373,6 +383,11 @@ class ModelRunner(Service):
     def step(self, message: Received) -> Deferred:
         """Move a conversation by hand, between two tokens of the others; answered with what could come next."""
         return _deferred(self.stepping.step(message.data))
+
+    @hears(LinkProbe)
+    def probe(self, message: Received) -> LinkProbed:
+        """Random bytes, which no link compresses: how fast they come says how fast a snapshot would."""
+        return LinkProbed(os.urandom(message.data.size_bytes))
 
     @hears(SnapshotManifestAsk)
     def manifest(self, message: Received) -> SignedManifest:

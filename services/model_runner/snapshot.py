@@ -329,9 +329,9 @@ def why_not_exact(
         basis: of the model that computed it, for a codec that needs one.
         variant: permits KV of the variant that it names, whatever else differs (``variants.permit``).
     """
-    if variant is None or variant.variant != Variant.of(manifest.digests, manifest.fingerprint):
-        if reason := other_numerics(engine, manifest):
-            return reason
+    permitted = variant is not None and variant.variant == Variant.of(manifest.digests, manifest.fingerprint)
+    if not permitted and (reason := other_numerics(engine, manifest)):
+        return reason
     try:
         exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:

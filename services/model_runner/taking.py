@@ -15,6 +15,7 @@ import msgspec
 from edge.answers import remaining_ms
 from edge.blobs import BlobReceiver
 from edge.bus import Bus
+from edge.mailbox import Mailbox
 from edge.service import Context
 from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
@@ -56,7 +57,7 @@ class Taking:
     Args:
         blob_bus: a connection of its own for chunks, so that tokens do not wait behind them.
         stopping: asked now and then while chunks come; True ends that.
-        receiver: more named arguments for ``BlobReceiver``.
+        mailbox: of this host, for chunks of its other nodes.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Taking:
         store: SnapshotStore,
         book: CostBook,
         stopping: Callable[[], bool],
-        receiver: dict[str, Any],
+        mailbox: Mailbox | None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -78,7 +79,7 @@ class Taking:
         self._store = store
         self._book = book
         self._stopping = stopping
-        self._receiver = receiver
+        self._mailbox = mailbox
         self._decoders = max(1, min(4, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self._decoders, "chunk decoder")
 
@@ -143,7 +144,7 @@ class Taking:
             intake = snapshot.intake(handoff.engine, manifest, private, key, layers=layers)
             landing = Landing(self._store, manifest, intake, self._threads)
             self._fetch(handoff, identifier, landing, opened)
-            read = snapshot.read_taken(handoff.engine, manifest, private, intake, cache)
+            read = snapshot.read_taken(handoff.engine, manifest, private, intake, cache=cache)
         except BaseException:
             if landing is not None:
                 landing.abandon()
@@ -181,7 +182,7 @@ class Taking:
                 landing,
                 progress,
                 lambda: self._stopping() or handoff.outrun.is_set(),
-                **self._receiver,
+                mailbox=self._mailbox,
             )
             try:
                 receiver.pull(holder, identifier, manifest, timeout_s=TRANSFER_TIMEOUT_S)
