@@ -327,7 +327,9 @@ def _handoff(tour: Tour, bus: Bus, conversation: str) -> None:
     with tour.step("tomato saves it: signed manifest, chunks"):
         saved: SnapshotSaved = bus.ask("tomato", ModelSnapshot(conversation), ttl_ms=ASK_TTL_MS)
     with tour.step(f"sprout fetches and restores it ({saved.size_bytes / 1e6:.1f} MB, {saved.tokens} tokens)"):
-        resumed: ModelResumed = bus.ask("sprout", ModelResume(saved.snapshot, "tomato"), ttl_ms=ASK_TTL_MS)
+        resumed: ModelResumed = bus.ask(
+            "sprout", ModelResume(saved.snapshot, "tomato", way="chunks"), ttl_ms=ASK_TTL_MS
+        )
     if resumed.how != "exact":
         raise ModelError(f"handing {conversation} over: it was {resumed.how}, not exact: {resumed.reason}")
     go_on = ModelGenerate(conversation, max_new_tokens=PROOF_TOKENS, ignore_eos=True)

@@ -84,7 +84,7 @@ class Pair:
         return saved
 
     def resume(self, snapshot: str, holder: str = "tomato", name: str = "", ttl_ms: int = TTL_MS) -> ModelResumed:
-        resumed: ModelResumed = self.bus.ask("sprout", ModelResume(snapshot, holder, name), ttl_ms=ttl_ms)
+        resumed: ModelResumed = self.bus.ask("sprout", ModelResume(snapshot, holder, name, way="chunks"), ttl_ms=ttl_ms)
         return resumed
 
 
@@ -350,7 +350,7 @@ def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pa
     there = pair.ask("sprout", conversation, max_new_tokens=4, ignore_eos=True)
     saved: SnapshotSaved = pair.bus.ask("sprout", ModelSnapshot(conversation), ttl_ms=TTL_MS)
     back: ModelResumed = pair.bus.ask(
-        "tomato", ModelResume(saved.snapshot, "sprout", f"{conversation}-back"), ttl_ms=TTL_MS
+        "tomato", ModelResume(saved.snapshot, "sprout", f"{conversation}-back", way="chunks"), ttl_ms=TTL_MS
     )
     assert (back.how, back.tokens) == ("exact", saved.tokens)
     assert saved.tokens > 256 + len(there.tokens)
