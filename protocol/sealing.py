@@ -108,13 +108,16 @@ class DataKey:
 
     def seal(self, role: bytes, plaintext: bytes | bytearray | memoryview) -> bytearray:
         """``plaintext`` encrypted in its role, ``SEAL_BYTES`` longer. The same always for the same."""
+        sealed = bytearray(len(plaintext) + SEAL_BYTES)
+        self.seal_into(role, plaintext, memoryview(sealed))
+        return sealed
+
+    def seal_into(self, role: bytes, plaintext: bytes | bytearray | memoryview, target: memoryview) -> None:
+        """``seal`` into ``target``, of the sealed size: a chunk is never copied."""
         hashed = self._hash.encrypt(_ZERO_NONCE, b"", plaintext)
         nonce = blake3(hashed + role, key=self._nonce_key).digest(length=NONCE_BYTES)
-        sealed = bytearray(len(plaintext) + SEAL_BYTES)
-        sealed[:NONCE_BYTES] = nonce
-        # Into its place: a chunk is never copied.
-        self._aead.encrypt_into(nonce, plaintext, role, memoryview(sealed)[NONCE_BYTES:])
-        return sealed
+        target[:NONCE_BYTES] = nonce
+        self._aead.encrypt_into(nonce, plaintext, role, target[NONCE_BYTES:])
 
     def open_into(self, role: bytes, sealed: bytes | bytearray | memoryview, target: memoryview) -> None:
         """Decrypt into ``target``, of the plaintext's size. Raises SnapshotRefused when it is not what was sealed."""

@@ -1,8 +1,8 @@
 """Snapshots as they are kept and sent: encoded, encrypted, addressed by content, and back.
 
 Every figure is of the whole way that the model runner goes: the cache copied out of the engine, encoded, sealed; then
-every chunk's digest checked, opened, decoded, and taken in by the engine. One thread, in memory but for the figures of
-the store.
+every chunk's digest checked, opened, decoded, and taken in by the engine. With the threads that the model runner takes
+for it (``sealed_threads``), in memory but for the figures of the store.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bench.report import Figures, Progress
 from bench.snapshot.frame import Bench, read_state
 from bench.snapshot.texts import measured_texts
 from edge.snapshot_store import SnapshotStore
+from edge.spread import spread, threads
 from protocol.identity import Identity
 from protocol.manifest import SnapshotManifest, open_private, seal_manifest, verify_chunk
 from protocol.sealing import DataKey
@@ -45,7 +46,7 @@ def measure(engine: Engine, chat: ChatFormat, progress: Progress, *, tokens: int
     """Seconds a gigabyte of 16-bit KV by each rung that needs no basis."""
     corpus = chat.encode("\n\n".join(measured_texts().values()), special=False)
     state = read_state(engine, corpus[: tokens + 1])
-    figures: Figures = {"sealed_tokens": len(state.tokens) - 1}
+    figures: Figures = {"sealed_tokens": len(state.tokens) - 1, "sealed_threads": threads()}
     try:
         for name, rung in RUNGS.items():
             seal_s, restore_s = _round_trip(engine, state, rung())
@@ -83,8 +84,8 @@ def _round_trip(engine: Engine, state: GenerationState, codec: Codec) -> tuple[f
 
 
 def _restored(engine: Engine, packed: snapshot.Packed, key: DataKey) -> snapshot.Unpacked:
-    for index, (ref, chunk) in enumerate(zip(packed.manifest.chunks, packed.chunks, strict=True)):
-        verify_chunk(ref, chunk, index=index)
+    refs = packed.manifest.chunks
+    spread(lambda index: verify_chunk(refs[index], packed.chunks[index], index=index), range(len(refs)))
     private = open_private(packed.manifest, key)
     return snapshot.restore(engine, snapshot.read(engine, packed.manifest, private, key, packed.chunks, lossy=True))
 

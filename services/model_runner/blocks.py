@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge.spread import spread
 from protocol.identity import digest
 from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, Part, PartPlace
 from protocol.manifest import SnapshotManifest
-from protocol.sealing import MAX_PLAIN_BYTES, DataKey
+from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.exact_rows import recent_in
 from services.model_runner.engine import STORAGE_DTYPES, LayerState, ModelSpec
@@ -57,41 +58,49 @@ def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[B
 
 def cut(spec: ModelSpec, layers: Sequence[LayerState], cached_tokens: int) -> list[RawPart]:
     """Copies of all that ``layers`` hold, in the order of a manifest's parts; the layers may change from then on."""
-    parts = []
+    found: list[tuple[PartPlace, list[Array]]] = []
     kept = bitmaps_of(positions_of(layers), cached_tokens)
     for number, block in enumerate(block_layouts(spec, cached_tokens, kept)):
         for kind in KINDS:
             # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
             planes = [array for plane in block_planes(layers, block.of_kind(spec, kind)) for array in plane]
             if any(array.size for array in planes):
-                parts.append(RawPart(PartPlace(kind, number), _joined(planes)))
+                found.append((PartPlace(kind, number), planes))
     states = [state for layer in layers for state in layer.states]
     if states:
-        parts.append(RawPart(PartPlace("recurrent", -(-cached_tokens // BLOCK_TOKENS) - 1), _joined(states)))
+        found.append((PartPlace("recurrent", -(-cached_tokens // BLOCK_TOKENS) - 1), states))
+    parts = [RawPart(place, np.empty(sum(each.nbytes for each in planes), np.uint8)) for place, planes in found]
+    # Spread: the engine waits for it.
+    spread(lambda at: _join(found[at][1], parts[at].raw), range(len(parts)))
     return parts
 
 
-def _joined(planes: Sequence[Array]) -> npt.NDArray[np.uint8]:
-    buffer = np.empty(sum(plane.nbytes for plane in planes), dtype=np.uint8)
+def _join(planes: Sequence[Array], buffer: npt.NDArray[np.uint8]) -> None:
+    """Copy ``planes`` into ``buffer``, one after another."""
     offset = 0
     for plane in planes:
         target = buffer[offset : offset + plane.nbytes].view(plane.dtype).reshape(plane.shape)
         np.copyto(target, plane)
         offset += plane.nbytes
-    return buffer
 
 
 def seal_part(
     key: DataKey, place: PartPlace, data: memoryview, addresses: Sequence[bytes], codec: CodecRef, put: Put
 ) -> Part:
     """Seal what a codec made of a part, chunk by chunk, and hand each to ``put``."""
-    digests = []
-    for index, offset in enumerate(range(0, len(data), MAX_PLAIN_BYTES)):
-        sealed = key.seal(place.role(addresses, codec, index), data[offset : offset + MAX_PLAIN_BYTES])
-        ref = ChunkRef(digest(sealed), len(sealed))
+
+    # Memory is taken by this thread, and not by those that fill it: what it has freed before is used again.
+    cuts = [data[offset : offset + MAX_PLAIN_BYTES] for offset in range(0, len(data), MAX_PLAIN_BYTES)]
+    rooms = [bytearray(len(each) + SEAL_BYTES) for each in cuts]
+
+    def seal(index: int) -> ChunkRef:
+        key.seal_into(place.role(addresses, codec, index), cuts[index], memoryview(rooms[index]))
+        return ChunkRef(digest(rooms[index]), len(rooms[index]))
+
+    refs = spread(seal, range(len(cuts)))
+    for ref, sealed in zip(refs, rooms, strict=True):
         put(ref, sealed)
-        digests.append(ref.digest)
-    return Part(len(data), b"".join(digests))
+    return Part(len(data), b"".join(ref.digest for ref in refs))
 
 
 def blocks_of(cached_tokens: int, parts: Sequence[tuple[PartPlace, Part]], kept: Sequence[bytes] = ()) -> list[Block]:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from edge.spread import spread
 from protocol.errors import InvalidPrompt, ModelError, SnapshotRefused
 from protocol.layout import (
     BLOCK_TOKENS,
@@ -395,8 +396,7 @@ def read(
             manifest, "chunks", f"{len(chunks)} given, or of other sizes than the manifest's {len(manifest.chunks)}"
         )
     taken = intake(engine, manifest, private, key, basis, variant)
-    for index, chunk in enumerate(chunks):
-        taken.put(index, chunk)
+    spread(lambda index: taken.put(index, chunks[index]), range(len(chunks)))
     return read_taken(engine, manifest, private, taken, variant)
 
 
