@@ -36,8 +36,8 @@ def spread(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
     found: list[R] = []
     failed: BaseException | None = None
     for future in futures:
-        if failed is not None:
-            future.cancel()
+        if failed is not None and future.cancel():
+            continue
         try:
             found.append(future.result())
         except BaseException as error:  # noqa: BLE001 - raised below, once nothing of it runs any more
