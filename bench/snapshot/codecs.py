@@ -9,7 +9,6 @@ fetched once, stands by itself (``basis_mb``).
 from __future__ import annotations
 
 import gzip
-import io
 import statistics
 import tempfile
 import time
@@ -25,14 +24,16 @@ from bench.report import Figures, Progress
 from bench.snapshot.frame import Bench
 from bench.snapshot.texts import measured_texts
 from protocol.errors import MindstreamError
+from services.model_runner.bases import find_basis
+from services.model_runner.calibration import calibrated
 from services.model_runner.chat import ChatFormat
 from services.model_runner.codecs import RUNGS
 from services.model_runner.codecs.base import Codec
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis, read_basis
 from services.model_runner.codecs.ladder import decode_blocks, encode_blocks
-from services.model_runner.codecs.texts import calibration_texts
 from services.model_runner.codecs.transform import Transform
 from services.model_runner.engine import Engine, LayerState
+from services.model_runner.transformers_engine import TransformersEngine
 
 PREFIX_TOKENS, CONTINUATION_TOKENS = 2_048, 512
 LONG_TOKENS = 4_096
@@ -76,8 +77,15 @@ def part(bench: Bench) -> Figures:
     return figures | long_figures(engine, chat, bench.basis, progress, 300 if bench.quick else LONG_TOKENS)
 
 
-def basis_of(engine: Engine, chat: ChatFormat, keep: Path, progress: Progress, most_texts: int = 99) -> Basis:
-    """The model's basis: the file in ``keep`` when it is of these weights, else calibrated now and kept there."""
+def basis_of(
+    engine: TransformersEngine, chat: ChatFormat, keep: Path, progress: Progress, quick: bool = False
+) -> Basis:
+    """The model's basis: the one that `mindstream snapshot calibrate` made; else the file in ``keep``, which is made
+    now when it is absent or of other weights. A quick one is poor, and always in ``keep``."""
+    basis = find_basis(engine.spec) if not quick else None
+    if basis is not None and basis.file.digests == engine.spec.digests:
+        progress(f"the basis is {basis.digest.hex()[:12]}, from {basis.file.tokens:,} tokens")
+        return basis
     if keep.is_file():
         try:
             found = read_basis(keep.read_bytes(), engine.spec)
@@ -85,12 +93,7 @@ def basis_of(engine: Engine, chat: ChatFormat, keep: Path, progress: Progress, m
                 return found
         except MindstreamError as error:
             progress(f"{keep.name} is made again: {error}")
-    from services.model_runner.codecs.calibrate import calibrate
-    from services.model_runner.transformers_engine import TransformersEngine
-
-    assert isinstance(engine, TransformersEngine)
-    texts = [chat.encode(text, special=False)[:2_048] for text in calibration_texts()[:most_texts]]
-    data = calibrate(engine, texts, say=progress)
+    data = calibrated(engine, chat, 3 if quick else 99, progress)
     keep.parent.mkdir(parents=True, exist_ok=True)
     keep.write_bytes(data)
     return read_basis(data, engine.spec)
@@ -280,9 +283,10 @@ def _summary(figures: Figures, basis: Basis | None) -> Figures:
 
 
 def _formats(texts: Sequence[_Text], scratch: Path) -> Figures:
-    """What the usual ways to write arrays make of the first text."""
+    """What the usual ways to write arrays make of the first text. torch.save is written only: nothing is unpickled."""
     import torch
-    from safetensors.numpy import save_file
+    import zstandard
+    from safetensors.numpy import load_file, save_file
 
     text = texts[0]
     arrays = {
@@ -291,6 +295,8 @@ def _formats(texts: Sequence[_Text], scratch: Path) -> Figures:
         for name, array in (("keys", layer.keys), ("values", layer.values))
     }
     raw = _raw_bytes(text.layers)
+    plain = scratch / "plain.safetensors"
+    save_file(arrays, plain)
 
     def saved_by_torch(path: Path) -> None:
         signed = {
@@ -299,23 +305,26 @@ def _formats(texts: Sequence[_Text], scratch: Path) -> Figures:
         }
         torch.save(signed, path)
 
-    def gzipped(path: Path) -> None:
-        plain = io.BytesIO()
-        for array in arrays.values():
-            plain.write(array.tobytes())
-        path.write_bytes(gzip.compress(plain.getvalue(), 6))
-
-    writers: dict[str, Callable[[Path], Any]] = {
-        "torch_save": saved_by_torch,
-        "gzip": gzipped,
-        "safetensors": lambda path: save_file(arrays, path),
+    formats: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any] | None]] = {
+        "torch_save": (saved_by_torch, None),
+        "safetensors": (lambda path: save_file(arrays, path), load_file),
+        "gzip": (
+            lambda path: path.write_bytes(gzip.compress(plain.read_bytes(), 6)),
+            lambda path: gzip.decompress(path.read_bytes()),
+        ),
+        "zstd": (
+            lambda path: path.write_bytes(zstandard.ZstdCompressor(level=3).compress(plain.read_bytes())),
+            lambda path: zstandard.ZstdDecompressor().decompress(path.read_bytes()),
+        ),
     }
     figures: Figures = {}
-    for name, write in writers.items():
+    for name, (write, read) in formats.items():
         path = scratch / name
         took_s = _timed(lambda: write(path))  # noqa: B023 - called at once
         figures[f"{name}_ratio"] = round(raw / path.stat().st_size, 3)
         figures[f"{name}_encode_s_per_gb"] = round(took_s / (raw / 1e9), 2)
+        if read is not None:
+            figures[f"{name}_restore_s_per_gb"] = round(_timed(lambda: read(path)) / (raw / 1e9), 2)  # noqa: B023
     return figures
 
 

@@ -68,12 +68,12 @@ class Bench:
 
     @cached_property
     def basis(self) -> Basis:
-        """The model's, as it was kept by an earlier run, or calibrated now, which takes minutes."""
+        """The model's, as it was calibrated before, or made now, which takes minutes."""
         from bench.snapshot.codecs import basis_of
 
         # A quick one is poor: it must not be taken for the model's in a later run.
         keep = self.options.bases / f"{self.engine.spec.name}{'-quick' if self.quick else ''}.basis"
-        return basis_of(self.engine, self.chat, keep, self.progress, 3 if self.quick else 99)
+        return basis_of(self.engine, self.chat, keep, self.progress, self.quick)
 
 
 def read_state(engine: Engine, tokens: list[int]) -> GenerationState:

@@ -42,7 +42,7 @@ def bench(
     ] = "",
     plot: Annotated[
         Optional[Path],  # noqa: UP045 - as above
-        typer.Option("--plot", metavar="FILE", help="engines: tokens a second against context length, as SVG."),
+        typer.Option("--plot", metavar="FILE", help="engines: an SVG; snapshot: size against fidelity, a PNG."),
     ] = None,
 ) -> None:
     """Measure this machine. Ratios compare two things that were run alternately in the same call."""
@@ -54,14 +54,16 @@ def bench(
         print(f"  {line}", file=sys.stderr, flush=True)
 
     for option, given in (("--only", only), ("--model", model), ("--plot", plot)):
-        if given and name != "engines" and not (name == "snapshot" and option == "--only"):
-            raise typer.BadParameter("only `engines` has parts, models and a plot", param_hint=option)
+        if given and name != "engines" and not (name == "snapshot" and option in ("--only", "--plot")):
+            raise typer.BadParameter(
+                "only `engines` has models, and it and `snapshot` parts and a plot", param_hint=option
+            )
     if name == "engines":
         figures = _engines(module, load(), quick, only, model, plot, progress)
     elif name == "model":
         figures = _model(module, load(), quick, progress)
     elif name == "snapshot":
-        figures = _snapshot(module, load(), quick, only, progress)
+        figures = _snapshot(module, load(), quick, only, plot, progress)
     else:
         figures = module.run(quick=quick, progress=progress)
     if json is not None:
@@ -88,7 +90,10 @@ def _model(module: Any, config: Config, quick: bool, progress: Callable[[str], N
     return figures
 
 
-def _snapshot(module: Any, config: Config, quick: bool, only: str, progress: Callable[[str], None]) -> dict[str, Any]:
+def _snapshot(
+    module: Any, config: Config, quick: bool, only: str, plot: Path | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    from edge.files import storage_errors
     from edge.models import default_cache_folder, ensure
 
     settings = config.model
@@ -103,6 +108,10 @@ def _snapshot(module: Any, config: Config, quick: bool, only: str, progress: Cal
         **({"parts": only.split(",")} if only else {}),
     )
     figures: dict[str, Any] = module.run(options, progress)
+    if plot is not None:
+        picture = importlib.import_module("bench.snapshot.plot").png(figures)
+        with storage_errors(f"writing {plot}"):
+            plot.write_bytes(picture)
     return figures
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,6 +24,10 @@ from services.model_runner.bases import keep_basis
 from services.model_runner.basis_sharing import ask_for, fetch_basis
 from services.model_runner.codecs.basis import file_of
 from services.model_runner.digests import shared_digests
+
+if TYPE_CHECKING:
+    from services.model_runner.chat import ChatFormat
+    from services.model_runner.transformers_engine import TransformersEngine
 
 Say = Callable[[str], None]
 
@@ -66,8 +71,6 @@ def make(settings: ModelConfig, identity: Identity, *, say: Say, cache_dir: Path
     from torch.cuda import is_available
 
     from services.model_runner.chat import ChatFormat
-    from services.model_runner.codecs.calibrate import calibrate
-    from services.model_runner.codecs.texts import TEXT_TOKENS, calibration_texts
     from services.model_runner.products import has_bf16_products
     from services.model_runner.transformers_engine import TransformersEngine
 
@@ -81,11 +84,20 @@ def make(settings: ModelConfig, identity: Identity, *, say: Say, cache_dir: Path
         threads=settings.threads,
         cache_dir=cache_dir,
     )
-    chat = ChatFormat.load(files.folder)
-    texts = [chat.encode(text, special=False)[:TEXT_TOKENS] for text in calibration_texts()]
-    data = calibrate(engine, texts, say=say)
-    signed = sign_basis(identity, engine.spec.name, engine.spec.digests, data)
-    return _made(keep_basis(signed, data), data, time.monotonic() - started_s)
+    data = calibrated(engine, ChatFormat.load(files.folder), say=say)
+    path = keep_basis(sign_basis(identity, engine.spec.name, engine.spec.digests, data), data)
+    return _made(path, data, time.monotonic() - started_s)
+
+
+def calibrated(
+    engine: TransformersEngine, chat: ChatFormat, most_texts: int = 99, say: Say = lambda _line: None
+) -> bytes:
+    """The bytes of a basis from ``calibration_texts``; some minutes."""
+    from services.model_runner.codecs.calibrate import calibrate
+    from services.model_runner.codecs.texts import TEXT_TOKENS, calibration_texts
+
+    texts = [chat.encode(text, special=False)[:TEXT_TOKENS] for text in calibration_texts()[:most_texts]]
+    return calibrate(engine, texts, say=say)
 
 
 def fetch(
