@@ -5,10 +5,12 @@ Drawn with OpenCV (extra `edge`). ``python -m bench.snapshot.plot FIGURES.json P
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,14 @@ class Point:
     def kind(self) -> str:
         """Which colour it has."""
         if self.name.startswith(("prune", "budget")):
-            return "both" if "+" in self.name else "pruned"
+            return "both" if "+" in self.name or self.name.startswith("budget") else "pruned"
         return "exact" if self.kl <= 0 else "lossy"
+
+    @property
+    def pruner(self) -> str:
+        """Of ``prune_PRUNER_SHARE``: its name; empty for anything else."""
+        match = re.fullmatch(r"prune (.+) \d+", self.name)
+        return match.group(1) if match else ""
 
 
 def points_of(figures: Figures) -> list[Point]:
@@ -97,13 +105,21 @@ def png(figures: Figures) -> bytes:
     for point in points:
         x, y = x_of(point.ratio), y_of(point.kl)
         taken.append((x - 7, y - 7, x + 7, y + 7))
+    # A pruner is a line, from the most that it keeps to the least; its name stands at its smallest.
+    ends = set()
+    for pruner in sorted({point.pruner for point in points} - {""}):
+        own = [(x_of(point.ratio), y_of(point.kl)) for point in points if point.pruner == pruner]
+        for one, other in itertools.pairwise(own):
+            drawing.line(*one, *other, _COLOURS["pruned"])
+        ends.add(max((point for point in points if point.pruner == pruner), key=lambda point: point.ratio))
     for point in points:
-        x, y = x_of(point.ratio), y_of(point.kl)
-        drawing.dot(x, y, _COLOURS[point.kind])
-        label = f"{point.name} {point.ratio:.3g}x"
+        drawing.dot(x_of(point.ratio), y_of(point.kl), _COLOURS[point.kind])
+    named = [point for point in points if point.kind in ("exact", "lossy") or point in ends or _is_best(point, points)]
+    for point in named:
+        label = point.pruner if point in ends else f"{point.name} {point.ratio:.3g}x"
         if point.kl > 0:
             label += f"  {point.dppl_pct:.2g} %"
-        _label(drawing, label, x, y, _COLOURS[point.kind], taken)
+        _label(drawing, label, x_of(point.ratio), y_of(point.kl), _COLOURS[point.kind], taken)
     return drawing.encoded(_WIDTH, _HEIGHT)
 
 
@@ -153,7 +169,7 @@ def _axes(drawing: _Drawing, x_of: Any, y_of: Any, most_ratio: float, least: int
 
 
 def _title(drawing: _Drawing, figures: Figures) -> None:
-    drawing.text("Size against fidelity", _LEFT, 34, _INK, 0.75)
+    drawing.text("Size against fidelity: every codec and every pruner", _LEFT, 34, _INK, 0.75)
     drawing.text(
         "upwards: mean divergence from the exact cache's next tokens, nats; beside a name: its mean |dPPL|",
         _LEFT,
@@ -189,10 +205,15 @@ def _label(
         if inside and not any(_overlap(box, other) for other in taken):
             break
     else:
-        left, base = places[0]
+        left, base = places[1] if sides[0][0] + width > _WIDTH - 6 else places[0]
         box = (left, base - height, left + width, base + 3)
     taken.append(box)
     drawing.text(words, left, base, colour, 0.45)
+
+
+def _is_best(point: Point, points: Sequence[Point]) -> bool:
+    """Whether none is both smaller and nearer."""
+    return not any(other.ratio >= point.ratio and other.kl < point.kl for other in points)
 
 
 def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:

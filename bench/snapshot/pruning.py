@@ -30,7 +30,7 @@ from services.model_runner.positions import Positions, positions_of, prune
 from services.model_runner.pruning import PRUNERS, Seen, seen
 
 PREFIX_TOKENS, CONTINUATION_TOKENS = 2_048, 256
-KINDS = ("dialogue", "python", "manual", "narrative", "legal", "c")
+KINDS = ("dialogue", "python", "essay", "narrative", "configuration")
 """Texts of ``measured_texts`` that are unlike each other; the first ones that are here and long enough are read."""
 MOST_TEXTS = 4
 SHARES = (0.7, 0.5, 0.25, 0.125)
