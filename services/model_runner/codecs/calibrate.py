@@ -49,7 +49,7 @@ Say = Callable[[str], None]
 PREFIX_TOKENS, CONTINUATION_TOKENS = 768, 256
 HELD_BACK = 3
 """Windows that steps are searched on; nothing else is made from them."""
-GROUP_LAYERS = 5
+GROUP_LAYERS = 10
 """Layers whose axes are found together: more compress better, and cost more to decode, and a larger file."""
 LEVELS = {NEAR: 0.006, SMALL: 0.017}
 """Mean divergence, in nats a token, that a level may cause on the held-back windows. On two texts of SmolLM2-135M, read
