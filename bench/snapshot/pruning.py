@@ -32,7 +32,7 @@ from services.model_runner.pruning import PRUNERS, Seen, seen
 PREFIX_TOKENS, CONTINUATION_TOKENS = 2_048, 256
 KINDS = ("dialogue", "python", "essay", "narrative", "configuration")
 """Texts of ``measured_texts`` that are unlike each other; the first ones that are here and long enough are read."""
-MOST_TEXTS = 4
+MOST_TEXTS = 3
 SHARES = (0.7, 0.5, 0.25, 0.125)
 WITH_RUNGS = (0.7, 0.5)
 BUDGETS = (4, 10, 16, 20)
@@ -90,7 +90,7 @@ def part(bench: Bench) -> Figures:
         tokens = bench.chat.encode(texts.get(kind, ""), special=False)[: prefix + continuation + 1]
         if len(tokens) <= prefix + continuation or len(read) >= (1 if quick else MOST_TEXTS):
             continue
-        text = _read(engine, tokens, prefix, lambda token: bench.chat.decode([token]))
+        text = _read(engine, tokens, prefix, bench.chat.piece)
         read.append(kind)
         for name in PRUNERS:
             for share in (0.5,) if quick else SHARES:

@@ -43,6 +43,8 @@ class Fit(NamedTuple):
     """16 bits a number of the cache that was not pruned, over the encoded blocks."""
     fidelity: Fidelity | None
     """None where nothing could be measured."""
+    usual: Usual | None
+    """Of the rung, where nothing was pruned."""
     exact: bool
     """Whether it is neither pruned nor lossy."""
     encode_s: float
@@ -80,6 +82,9 @@ def fit_budget(
     rungs: Sequence[tuple[Codec, Usual | None]],
     keep: Keep,
     test: Test | None,
+    *,
+    prunes: bool = True,
+    whole: Sequence[LayerState] | None = None,
 ) -> Fitted:
     """The pair that is most faithful when the cache is ``ratio`` times smaller than 16 bits a number.
 
@@ -88,11 +93,16 @@ def fit_budget(
         rungs: of the ladder (``codecs.ladder.rungs``).
         keep: of a pruner (``Pruner.keep``), of positions that ``layers`` hold.
         test: against which cache fidelity is measured: of ``layers``, as a rule. None where nothing can be measured:
-            then the pair that prunes least is taken.
+            then the rungs' usual figures decide, and if it must be pruned the pair that prunes least is taken.
+        prunes: False: by codecs alone.
+        whole: the cache that ``ratio`` is of, where ``layers`` are less.
 
     Raises ModelError when no rung can be so small and keep ``FEWEST_TOKENS`` positions.
     """
-    fits = [fit for codec, _ in rungs if (fit := _fit(spec, layers, ratio, codec, keep, test)) is not None]
+    before = numbers_bytes(whole or layers)
+    less = whole is not None and whole is not layers
+    candidates = [_fit(spec, layers, before, ratio, rung, keep if prunes else None, test, less) for rung in rungs]
+    fits = [fit for fit in candidates if fit is not None]
     if not fits:
         raise ModelError(
             f"fitting {layers[0].seen_tokens:,} positions into a budget of {ratio:g}x: no rung of {len(rungs)} can and "
@@ -110,16 +120,25 @@ def _divergence(fit: Fit) -> float:
         return 0.0
     if fit.fidelity is not None:
         return fit.fidelity.mean_kl
-    # Not measured: what is pruned least comes first, behind all that was.
-    return 1e6 / (1 if fit.kept is None else 1e-9 + len(fit.kept))
+    if fit.usual is not None:
+        return fit.usual.mean_kl
+    # Nothing is known of it: what is pruned least comes first, behind all the others.
+    return 1e6 if fit.kept is None else 2e6 - len(fit.kept)
 
 
 def _fit(
-    spec: ModelSpec, layers: Sequence[LayerState], ratio: float, codec: Codec, keep: Keep, test: Test | None
+    spec: ModelSpec,
+    layers: Sequence[LayerState],
+    before: int,
+    ratio: float,
+    rung: tuple[Codec, Usual | None],
+    keep: Keep | None,
+    test: Test | None,
+    less: bool,
 ) -> Fit | None:
     """By one rung, with as many positions as the budget allows; None when that is too few."""
     started_s = time.perf_counter()
-    before = numbers_bytes(layers)
+    codec, usual = rung
     most_bytes = before / ratio
     held = positions_of(layers)
     total = count = layers[0].seen_tokens if held is None else len(held)
@@ -130,14 +149,14 @@ def _fit(
         if size <= most_bytes:
             break
         count = math.floor(_fewer(layers, count, size, most_bytes))
-        if count < min(FEWEST_TOKENS, total):
+        if keep is None or count < min(FEWEST_TOKENS, total):
             return None
         kept = keep(count)
         found = prune(layers, kept)
     else:
         return None
     encode_s = time.perf_counter() - started_s
-    exact = codec.exact and count == total
+    exact = codec.exact and count == total and not less
     fidelity, decode_s = None, 0.0
     if test is not None and not exact:
         started_s = time.perf_counter()
@@ -146,7 +165,8 @@ def _fit(
         decode_s = time.perf_counter() - started_s
         fidelity = test.compare(decoded)
     kept = None if count == total else np.asarray(kept)
-    return Fit(codec, kept, before / max(1, size), fidelity, exact, encode_s, decode_s)
+    pruned = kept is not None or less
+    return Fit(codec, kept, before / max(1, size), fidelity, None if pruned else usual, exact, encode_s, decode_s)
 
 
 def _fewer(layers: Sequence[LayerState], count: int, size: int, most_bytes: float) -> float:
