@@ -202,8 +202,8 @@ class Engine(ABC):
     max_batch: int = 1
     """Most conversations that ``step_batch`` computes together."""
     explicit_positions: bool = False
-    """Whether a pruned cache (``LayerState.positions``) can be taken in: new tokens then get their true positions
-    although fewer are held."""
+    """Whether a pruned cache (``LayerState.positions``) can be taken in: new tokens are then as far from what is held
+    as their true positions say, although fewer are held."""
     most_computed_layers: int = 0
     """First layers, at most, that ``import_computing`` computes without the others."""
 
@@ -341,7 +341,7 @@ class Engine(ABC):
         if not self.explicit_positions and any(layer.positions is not None for layer in layers):
             raise SnapshotRefused(
                 f"restoring a pruned KV cache of {self.spec.name}: {NO_POSITIONS}",
-                hint="resume it from its token ids, or on a node whose engine takes positions (transformers)",
+                hint="resume it from its token ids, or on a node whose engine keeps true positions",
                 field="kept",
                 reason=NO_POSITIONS,
             )

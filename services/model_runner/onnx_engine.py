@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from protocol.errors import ContextOverflow, ModelError, ModelUnavailable
+from protocol.errors import ContextOverflow, ModelError, ModelUnavailable, SnapshotRefused
 from protocol.manifest import NumericsFingerprint
+from services.model_runner.codecs.base import from_floats, to_floats
+from services.model_runner.codecs.transform import turn
 from services.model_runner.engine import (
     STORAGE_DTYPES,
     Engine,
@@ -33,6 +35,7 @@ from services.model_runner.engine import (
 from services.model_runner.onnx_graph import INDICES_NAME
 from services.model_runner.onnx_memory import DeviceRows, Row, RowArena, Rows
 from services.model_runner.onnx_model import PROVIDERS, RUNTIME_ERRORS, OpenModel, failed, instruction_set, open_model
+from services.model_runner.positions import Positions, positions_of
 
 _CHUNK_TOKENS, _SHORT_CHUNK_TOKENS = 64, 32
 """Eight streams that step between two chunks of a prompt wait for one chunk, and the prompt waits for their step: so a
@@ -56,10 +59,28 @@ class OnnxKVCache(KVCache):
         self.arena = arena
         self.row: Row | None = None
         self.closed = False
+        self.kept: Positions | None = None
+        """Of a pruned one: the positions that it held when it was taken in, of the first ``kept_of``."""
+        self.kept_of = 0
 
     @property
     def length(self) -> int:
-        return self.row.length if self.row is not None else 0
+        return self.row.length + self.missing if self.row is not None else 0
+
+    @property
+    def missing(self) -> int:
+        """Positions that were pruned. The graph takes a row's number for its position, so all keys are turned back by
+        as many: what rotary attention sees is how far positions are apart, and that stays."""
+        return self.kept_of - len(self.kept) if self.kept is not None else 0
+
+    @property
+    def pruned(self) -> bool:
+        return self.kept is not None
+
+    @property
+    def positions(self) -> Positions | None:
+        """True ones of its rows; None: all."""
+        return None if self.kept is None else np.concatenate([self.kept, np.arange(self.kept_of, self.length)])
 
     @property
     def allocated_bytes(self) -> int:
@@ -108,7 +129,8 @@ class OnnxEngine(Engine):
     """One built model on ONNX Runtime. Made by ``load``."""
 
     def __init__(self, model: OpenModel) -> None:
-        session, spec, provider, precision, threads = model
+        session, spec, provider, precision, threads, self._angles = model
+        self.explicit_positions = self._angles is not None
         self.spec = spec
         self.provider = provider
         instructions = instruction_set()
@@ -245,8 +267,57 @@ class OnnxEngine(Engine):
         own = self._own(cache)
         return self._prefix_of(own, own.length)
 
+    def _pruned_layers(self, own: OnnxKVCache) -> list[LayerState]:
+        """The layers of a pruned cache, as they are now."""
+        assert own.row is not None
+        states = []
+        rows, seen = own.row.length, own.length
+        for index, spec in enumerate(self.spec.layers):
+            full = spec.kind == "full"
+            start = 0 if full else rows - spec.held_tokens(seen)
+            keys, values = (self._arena.read(own.row, index, plane, start, rows) for plane in (False, True))
+            keys = self._turned(keys, index, own.missing)
+            positions = own.positions if full else None
+            states.append(LayerState(spec.kind, self.spec.dtype, keys, values, seen, positions=positions))
+        return states
+
+    def _turned(self, keys: npt.NDArray[Any], layer: int, by: int) -> npt.NDArray[Any]:
+        """Keys as if they were ``by`` positions further on."""
+        assert self._angles is not None
+        heads = to_floats(keys, self.spec.dtype).transpose(1, 0, 2)
+        moved = turn(heads, np.full(len(heads), by, np.float64), self._angles[layer]).transpose(1, 0, 2)
+        found = np.empty(keys.shape, self._dtype)
+        from_floats(np.ascontiguousarray(moved), self.spec.dtype, found)
+        return found
+
+    def _import_pruned(
+        self, layers: Sequence[LayerState], positions: Positions, seen: int, capacity_tokens: int
+    ) -> OnnxKVCache:
+        rows = len(positions)
+        if any(layer.keys.shape[1] > rows for layer in layers):
+            raise SnapshotRefused(
+                f"restoring a pruned KV cache of {self.spec.name}: its full layers hold {rows:,} positions, less "
+                "than a sliding one",
+                hint="resume it from its token ids, or keep as many positions as a window has",
+                field="kept",
+                reason="fewer rows than a window",
+            )
+        cache = self.new_cache(capacity_tokens)
+        self._check_memory(rows)
+        row = cache.taken_row()
+        for index, state in enumerate(layers):
+            start = rows - state.keys.shape[1]
+            self._arena.write(row, index, False, start, self._turned(state.keys, index, rows - seen))
+            self._arena.write(row, index, True, start, state.values)
+        row.length = rows
+        row.kept_from = self._first_needed(rows)
+        cache.kept, cache.kept_of = positions.copy(), seen
+        return cache
+
     def _prefix_of(self, own: OnnxKVCache, length: int) -> list[LayerState]:
         """Its layers as they were after ``length`` positions."""
+        if own.pruned:
+            return self._pruned_layers(own)
         states = []
         for index, spec in enumerate(self.spec.layers):
             start = length - spec.held_tokens(length)
@@ -261,6 +332,9 @@ class OnnxEngine(Engine):
 
     def import_layers(self, layers: Sequence[LayerState], capacity_tokens: int) -> OnnxKVCache:
         length = self.check_restored(layers, capacity_tokens)
+        positions = positions_of(layers)
+        if positions is not None:
+            return self._import_pruned(layers, positions, length, capacity_tokens)
         cache = self.new_cache(capacity_tokens)
         self._check_memory(length)
         row = cache.taken_row()
@@ -285,6 +359,10 @@ class OnnxEngine(Engine):
 
     def fork(self, cache: KVCache, tokens: int, capacity_tokens: int) -> OnnxKVCache | None:
         own = self._own(cache)
+        if own.pruned:
+            forked = super().fork(own, tokens, capacity_tokens)
+            assert forked is None or isinstance(forked, OnnxKVCache)
+            return forked
         if tokens > own.length or (own.row is not None and own.row.kept_from > self._first_needed(tokens)):
             return None
         return self.import_layers(self._prefix_of(own, tokens), capacity_tokens)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state
 
@@ -76,6 +78,9 @@ class OpenModel(NamedTuple):
     precision: str
     """Of the weights, as the builder was asked: ``int8``, ``int4``, ``fp16`` or ``fp32``; empty when it is not said."""
     threads: int
+    angles: tuple[npt.NDArray[np.float64], ...] | None
+    """Of each layer: by how much, in radians, dimensions i and i + n of n angles are turned with each position; None
+    where positions go in otherwise than that."""
 
 
 def open_model(folder: Path, name: str, provider: str, threads: int, cache_dir: Path | None) -> OpenModel:
@@ -86,7 +91,30 @@ def open_model(folder: Path, name: str, provider: str, threads: int, cache_dir: 
     threads = threads or describe().cores
     session = _open(folder, choice.value, threads)
     spec = _spec(folder, session, nodes, settings, name or folder.name, cache_dir)
-    return OpenModel(session, spec, choice, settings.precision, threads)
+    return OpenModel(session, spec, choice, settings.precision, threads, _angles(folder, spec))
+
+
+_ROTARY = frozenset({"llama", "mistral", "qwen2", "gemma3", "gemma3_text"})
+"""Families whose heads are turned whole, in halves (RoFormer, arXiv 2104.09864), at one pace for each kind of layer."""
+
+
+def _angles(folder: Path, spec: ModelSpec) -> tuple[npt.NDArray[np.float64], ...] | None:
+    """As ``OpenModel.angles``, from the source's configuration."""
+    config = _json(folder / "config.json")
+    text = config.get("text_config", config)
+    rope = text.get("rope_parameters")
+    if text.get("model_type") not in _ROTARY or not isinstance(rope, dict):
+        return None
+    found = []
+    for layer in spec.layers:
+        own = rope.get(f"{layer.kind}_attention", rope)
+        if not isinstance(own, dict) or own.get("rope_type") != "default" or own.get("partial_rotary_factor", 1) != 1:
+            return None
+        theta = own.get("rope_theta")
+        if not isinstance(theta, (int, float)) or theta <= 0 or layer.head_dim % 2:
+            return None
+        found.append(float(theta) ** (-np.arange(0, layer.head_dim, 2, dtype=np.float64) / layer.head_dim))
+    return tuple(found)
 
 
 class _Settings(NamedTuple):

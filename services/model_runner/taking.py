@@ -161,6 +161,8 @@ class Taking:
             raise refused
         if reason := snapshot.why_not_exact(engine, manifest, lossy=handoff.ask.lossy):
             raise Unusable(reason)
+        if manifest.kept:
+            return None, None  # its rows are not its positions
         capacity = snapshot.capacity_of(engine, manifest, opened.private)
         return engine.open_cache(manifest.cached_tokens, capacity) or (None, None)
 

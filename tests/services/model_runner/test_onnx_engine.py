@@ -22,6 +22,7 @@ from services.model_runner.engine import PREFILL_CHUNK_TOKENS, KVCache, LayerSpe
 from services.model_runner.onnx_engine import OnnxEngine, OnnxKVCache
 from services.model_runner.onnx_memory import DeviceRows, RowArena
 from services.model_runner.onnx_model import choose_provider
+from services.model_runner.positions import prune
 from services.model_runner.transformers_engine import TransformersEngine
 
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(0, 256, 1400)]
@@ -605,3 +606,85 @@ def test_the_engine_runs_where_torch_and_transformers_are_absent(built_models: d
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- pruned caches --------------------------------------------------------------------------------------------
+
+
+LENGTH = 600
+KEPT = np.array([*range(4), *range(9, 300, 5), 511, *range(560, LENGTH)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_cache_gives_the_reference_engines_logits(
+    family: str, engines: dict[str, OnnxEngine], small_models: dict[str, Path]
+) -> None:
+    engine = engines[f"{family}-fp32"]
+    assert engine.explicit_positions
+    reference = TransformersEngine.load(small_models[family], device="cpu", dtype="float32", threads=1)
+    source = reference.new_cache(LENGTH)
+    reference.prefill(source, TOKENS[:LENGTH])
+    layers = prune(reference.export_layers(source), KEPT)
+    expected = reference.read(reference.import_layers(layers, 900), TOKENS[LENGTH : LENGTH + 60])
+    cache = engine.import_layers(layers, 900)
+    assert (cache.length, cache.pruned) == (LENGTH, True)
+    found = steps(engine, cache, TOKENS[LENGTH : LENGTH + 60])
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * expected.std())
+    by_chunk = engine.import_layers(layers, 900)
+    np.testing.assert_allclose(engine.read(by_chunk, TOKENS[LENGTH : LENGTH + 60]), found, atol=1e-3 * found.std())
+
+
+def test_a_pruned_cache_comes_out_with_its_true_positions_and_is_forked_and_batched(
+    engines: dict[str, OnnxEngine],
+) -> None:
+    engine = engines["llama-fp32"]
+    layers = prune(engine.export_layers(read(engine, TOKENS[:LENGTH])), KEPT)
+    cache = engine.import_layers(layers, 900)
+    for own, there in zip(engine.export_layers(cache), layers, strict=True):
+        np.testing.assert_array_equal(own.positions, there.positions)
+        np.testing.assert_allclose(own.keys, there.keys, atol=1e-4 * float(there.keys.std()))
+        np.testing.assert_array_equal(own.values, there.values)
+    fork = engine.fork(cache, LENGTH, 900)
+    earlier = engine.fork(cache, 300, 900)
+    assert fork is not None
+    assert earlier is not None
+    assert (fork.pruned, earlier.length) == (True, 300)
+    alone = engine.step(fork, 7)
+    assert fork.length == LENGTH + 1
+    positions = engine.export_layers(fork)[0].positions
+    np.testing.assert_array_equal(positions, [*KEPT, LENGTH])
+    together = engine.step_batch([(read(engine, TOKENS[:50]), 3), (cache, 7)])[1]
+    np.testing.assert_allclose(together, alone, atol=1e-3 * alone.std())
+
+
+def test_a_pruned_cache_with_less_than_a_window_is_refused(engines: dict[str, OnnxEngine]) -> None:
+    engine = engines["gemma3-fp32"]
+    layers = prune(engine.export_layers(read(engine, TOKENS[:LENGTH])), np.arange(10))
+    with pytest.raises(SnapshotRefused, match="sliding") as caught:
+        engine.import_layers(layers, 900)
+    assert caught.value.field == "kept"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "phi3"},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_parameters": None},
+    ],
+)
+def test_a_model_that_turns_keys_otherwise_has_no_explicit_positions(
+    changes: dict[str, Any], built_models: dict[str, Path], engines: dict[str, OnnxEngine], tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(built_models["llama-fp32"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    other = load(folder)
+    assert not other.explicit_positions
+    whole = engines["llama-fp32"]
+    layers = prune(whole.export_layers(read(whole, TOKENS[:LENGTH])), KEPT)
+    with pytest.raises(SnapshotRefused, match="counts positions") as caught:
+        other.import_layers(layers, 900)
+    assert caught.value.field == "kept"
