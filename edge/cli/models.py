@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -22,15 +20,13 @@ from edge.cli.context import (
     print_json,
     print_table,
 )
+from edge.cli.progress import progress
 
 if TYPE_CHECKING:
     from edge.model_cards import Built
     from edge.model_registry import Licence
 
 app = typer.Typer(rich_markup_mode=None)
-
-PLAIN_LINE_S = 5.0
-"""Where there is no terminal to draw a bar on, a line comes this often."""
 
 
 @app.callback(invoke_without_command=True)
@@ -142,7 +138,7 @@ def pull(
     _say(f"{model.name}: {model.about}{size}")
     _say(f"licence: {_licence(model.licence) or 'not known: look at the page where it comes from'}")
     try:
-        with _progress(model.name) as on_bytes:
+        with progress(model.name) as on_bytes:
             files = pull_model(
                 model,
                 cache,
@@ -297,7 +293,7 @@ def fetch(
     keyring = Peers(data_dir, load_or_create_identity(data_dir, config.node.name)).keyring()
     started_s = time.monotonic()
     try:
-        with connected(config) as bus, _progress(wanted) as on_bytes:
+        with connected(config) as bus, progress(wanted) as on_bytes:
             expect_service(bus, holder, "model_runner")
             fetched = fetch_model(
                 bus,
@@ -461,35 +457,3 @@ def _say(line: str) -> None:
     from edge.text import printable
 
     print(printable(line), file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; both on stderr."""
-    if not sys.stderr.isatty():
-        last_s = time.monotonic()
-
-        def line(done_bytes: int, total_bytes: int) -> None:
-            nonlocal last_s
-            if time.monotonic() - last_s >= PLAIN_LINE_S:
-                last_s = time.monotonic()
-                of = f" of {_mb(total_bytes)}" if total_bytes else ""
-                _say(f"{name}: {_mb(done_bytes)}{of}")
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    task = bar.add_task(name, total=None)
-
-    def draw(done_bytes: int, total_bytes: int) -> None:
-        bar.start()  # with the first bytes: a question may be asked before
-        bar.update(task, completed=done_bytes, total=total_bytes or None)
-
-    try:
-        yield draw
-    finally:
-        bar.stop()

@@ -1,35 +1,31 @@
-"""The command group snapshot: the snapshots on this node's disk."""
+"""The command group snapshot: the snapshots on this node's disk. What asks the model runner stands beside it."""
 
 from __future__ import annotations
 
-import datetime
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edge.cli import explore, snapshot_asks, snapshot_diff
 from edge.cli.context import EXIT_FAILED, JsonOption, load, print_json
+from edge.cli.held import fidelity, held, local_time, summary
 
 if TYPE_CHECKING:
     from edge.snapshot_store import SnapshotStore
-    from protocol.identity import Identity, Keyring
+    from protocol.identity import Keyring
     from protocol.manifest import SnapshotManifest
     from protocol.provenance import Proven
     from protocol.sharing import Opened
 
-app = typer.Typer(help="The snapshots that this node holds.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Save conversations, and what there is of them: on this node's disk, or at its model runner.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.command()(snapshot_asks.save)
 
-IdArgument = Annotated[str, typer.Argument(help="The snapshot's id, or as many of its first digits as are its alone.")]
-
-
-def _open() -> tuple[SnapshotStore, Identity, Keyring]:
-    from edge.keys import Peers, load_or_create_identity
-    from edge.snapshot_store import SnapshotStore
-
-    config = load()
-    folder = config.node.folder()
-    identity = load_or_create_identity(folder, config.node.name)
-    return SnapshotStore(folder / "model_runner" / "snapshots"), identity, Peers(folder, identity).keyring()
+IdArgument = snapshot_asks.IdArgument
 
 
 @app.command("list")
@@ -37,7 +33,7 @@ def list_snapshots(json: JsonOption = False) -> None:
     """List them, the newest first."""
     from edge.text import printable
 
-    store, _, keyring = _open()
+    store, _, keyring = held()
     rows = _rows(store, keyring)
     if json:
         print_json(rows)
@@ -49,9 +45,12 @@ def list_snapshots(json: JsonOption = False) -> None:
             print(printable(f"{row['snapshot'][:12]}  cannot be used: {row['refused']}"))
             continue
         shared = f", {row['shared_bytes'] / 1e6:,.1f} MB of it shared" if row["shared_bytes"] else ""
+        label = f"@{row['label']}" if row["label"] else ""
+        kept = f", {row['kept_tokens']:,} of them kept" if row["kept_tokens"] < row["tokens"] - 1 else ""
         line = (
-            f"{row['snapshot'][:12]}  {_time(row['created_us'])}  {row['conversation']}: {row['tokens']:,} tokens of "
-            f"{row['model']}, {row['codec']}, {row['size_bytes'] / 1e6:,.1f} MB{shared}, by {row['creator']}"
+            f"{row['snapshot'][:12]}  {local_time(row['created_us'])}  {row['conversation']}{label}: "
+            f"{row['tokens']:,} tokens of {row['model']}{kept}, {row['codec']}, {row['size_bytes'] / 1e6:,.1f} MB"
+            f"{shared}, by {row['creator']}"
         )
         print(printable(line))
 
@@ -78,26 +77,9 @@ def _rows(store: SnapshotStore, keyring: Keyring) -> list[dict[str, Any]]:
         if identifier in manifests:
             manifest = manifests[identifier]
             shared = sum(ref.size_bytes for ref in manifest.chunks if holders[ref.digest] > 1)
-            row |= {**_summary(manifest), "shared_bytes": shared}
+            row |= {**summary(manifest), "shared_bytes": shared}
         rows.append(row)
     return rows
-
-
-def _summary(manifest: SnapshotManifest) -> dict[str, Any]:
-    return {
-        "conversation": manifest.conversation,
-        "model": manifest.model,
-        "tokens": manifest.cached_tokens + 1,
-        "codec": f"{manifest.codec.name} {manifest.codec.version}",
-        "creator": manifest.creator,
-        "created_us": manifest.created_us,
-        "size_bytes": manifest.total_bytes,
-    }
-
-
-def _time(time_us: int) -> str:
-    when = datetime.datetime.fromtimestamp(time_us / 1e6, datetime.timezone.utc)
-    return when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 @app.command()
@@ -111,7 +93,10 @@ def show(snapshot: IdArgument, json: JsonOption = False) -> None:
         return
     text = (
         f"snapshot      {shown['snapshot']}\n"
-        f"conversation  {shown['conversation']}, {shown['tokens']:,} tokens\n"
+        f"conversation  {shown['conversation']}, {shown['tokens']:,} tokens"
+        + (f", {shown['kept_tokens']:,} of them kept" if shown["kept_tokens"] < shown["tokens"] - 1 else "")
+        + (f"\nlabel         {shown['label']}" if shown["label"] else "")
+        + f"\n"
         f"model         {shown['model']}, weights {shown['weights'][:12]}, {shown['dtype']}"
         + (f", {len(shown['adapters'])} adapters" if shown["adapters"] else "")
         + f"\nlayers        {shown['layers']}\n"
@@ -128,7 +113,7 @@ def show(snapshot: IdArgument, json: JsonOption = False) -> None:
     for step in shown["provenance"]:
         said = "signature checked" if step["trusted"] else "not a trusted node: vouched for by those that follow"
         details = "".join(f", {key} {value}" for key, value in step["details"].items())
-        print(printable(f"  {_time(step['time_us'])}  {step['kind']} by {step['node']}{details} ({said})"))
+        print(printable(f"  {local_time(step['time_us'])}  {step['kind']} by {step['node']}{details} ({said})"))
 
 
 def _show(given: str) -> dict[str, Any]:
@@ -140,8 +125,9 @@ def _show(given: str) -> dict[str, Any]:
     from protocol.sealing import read_wrap
     from protocol.sharing import key_of
 
-    store, identity, keyring = _open()
-    identifier = store.find(given)
+    node = held()
+    store, identity, keyring = node
+    identifier = node.find(given)
     signed = store.manifest(identifier)
     manifest = open_manifest(signed, keyring)
     chain = read_chain(signed.provenance, bytes.fromhex(identifier), manifest.creator, keyring)
@@ -156,7 +142,7 @@ def _show(given: str) -> dict[str, Any]:
     numerics, digests = manifest.fingerprint, manifest.digests
     return {
         "snapshot": identifier,
-        **_summary(manifest),
+        **summary(manifest),
         "weights": digests.weights.hex(),
         "tokenizer": digests.tokenizer.hex(),
         "config": digests.config.hex(),
@@ -166,7 +152,7 @@ def _show(given: str) -> dict[str, Any]:
         "blocks": len(manifest.blocks),
         "chunks": len(manifest.chunks),
         "engine": f"{numerics.engine} ({numerics.engine_version}) on {numerics.device}, {numerics.batch_mode}",
-        "fidelity": _fidelity(manifest),
+        "fidelity": fidelity(manifest),
         "parent": manifest.parent.hex(),
         "sharing": manifest.sharing,
         "readers": sorted({wrap.recipient for wrap in map(read_wrap, signed.wraps) if wrap}),
@@ -174,19 +160,6 @@ def _show(given: str) -> dict[str, Any]:
         "not_readable": not_readable,
         "provenance": [_step(proven) for proven in chain],
     }
-
-
-def _fidelity(manifest: SnapshotManifest) -> str:
-    found = manifest.certificate
-    if found is None:
-        return "exact" if manifest.codec.name in ("raw", "lossless") else "no certificate"
-    figures = [("mean KL {:.4f} nats", "mean_kl", found.mean_kl), ("top-1 agreement {:.3f}", "top1", found.top1)]
-    said = [
-        text.format(value) + (" (measured)" if name in found.measured else " (the codec's usual)")
-        for text, name, value in figures
-        if value is not None
-    ]
-    return f"{', '.join(said) or 'nothing measured'} over {found.tested_tokens:,} tokens"
 
 
 def _step(proven: Proven) -> dict[str, Any]:
@@ -207,15 +180,16 @@ def verify(snapshot: IdArgument, json: JsonOption = False) -> None:
     """Read and decrypt all of a snapshot: whether it is whole, genuine, and this node's to use."""
     from protocol.sharing import open_snapshot
 
-    store, identity, keyring = _open()
-    identifier = store.find(snapshot)
+    node = held()
+    store, identity, keyring = node
+    identifier = node.find(snapshot)
     started_s = time.monotonic()
     opened = open_snapshot(store.manifest(identifier), identifier, identity, keyring)
     bad = _bad_chunks(store, opened)
     took_s = time.monotonic() - started_s
     manifest = opened.manifest
     if json:
-        print_json({"snapshot": identifier, **_summary(manifest), "ok": not bad, "bad_chunks": bad, "took_s": took_s})
+        print_json({"snapshot": identifier, **summary(manifest), "ok": not bad, "bad_chunks": bad, "took_s": took_s})
     elif bad:
         print(f"{identifier[:12]}: {len(bad)} of {len(manifest.chunks)} chunks are missing or damaged")
         for name, reason in bad.items():
@@ -257,9 +231,9 @@ def _bad_chunks(store: SnapshotStore, opened: Opened) -> dict[str, str]:
 @app.command()
 def rm(snapshot: IdArgument, json: JsonOption = False) -> None:
     """Remove a snapshot, and what no other snapshot shares with it."""
-    store, _, _ = _open()
-    identifier = store.find(snapshot)
-    freed_bytes = store.remove(identifier)
+    node = held()
+    identifier = node.find(snapshot)
+    freed_bytes = node.store.remove(identifier)
     if json:
         print_json({"snapshot": identifier, "freed_bytes": freed_bytes})
     else:
@@ -311,3 +285,9 @@ def calibrate(
     print(f"the basis of {made.model}, {made.size_bytes / 1e6:.1f} MB from {made.tokens:,} tokens, is {made.path}")
     for level in made.levels:
         print(f"  {level.name}: ratio {level.ratio:.1f}, mean KL {level.mean_kl:.4f}, top-1 {level.top1:.3f}")
+
+
+for _command in (snapshot_asks.prune, snapshot_asks.transcode, snapshot_asks.resume, snapshot_asks.timeline):
+    app.command()(_command)
+app.command()(snapshot_diff.diff)
+app.command()(explore.explore)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import signal
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from protocol.errors import AskExpired, ConfigError, ConversationUnknown, Mindst
 from protocol.identity import Identity
 from protocol.messages import RunToken
 from tests.support.nodes import CHECKOUT, MEMORY_SERVICES, Node, Watcher, wait_for
+from tests.support.terminal import Terminal
 from tests.support.waiting import DEADLINE_S
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
@@ -334,7 +332,7 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
 
         watcher.bus.hear(RunToken, lambda message: tokens.append(message.data.text))
         watcher.bus.wait_subscribed(DEADLINE_S)
-        with _Terminal([*PROGRAM, "--config", str(node.config), "chat", "--max-new-tokens", "4000"]) as chat:
+        with Terminal([*PROGRAM, "--config", str(node.config), "chat", "--max-new-tokens", "4000"]) as chat:
             chat.expect("> ")
             chat.type("Count from one to ten thousand, in words.\n")
             wait_for(lambda: tokens, "it says nothing")
@@ -350,51 +348,3 @@ def test_a_conversation_in_a_terminal_is_stopped_by_ctrl_c_and_goes_on(
         watcher.bus.stop()
         if node.process is not None and node.process.poll() is None:
             node.kill()
-
-
-class _Terminal:
-    """A program on a terminal of its own."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._master, terminal = pty.openpty()
-        self._unread = ""
-        self.process = subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-            preexec_fn=_take_terminal,
-        )
-        os.close(terminal)
-
-    def __enter__(self) -> _Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-    def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
-
-    def expect(self, text: str, timeout_s: float = DEADLINE_S) -> None:
-        """Read until ``text`` has come; what follows it is for the next call."""
-        deadline_s = time.monotonic() + timeout_s
-        while text not in self._unread:
-            assert time.monotonic() < deadline_s, f"{text!r} did not come; there was {self._unread!r}"
-            if select.select([self._master], [], [], 0.2)[0]:
-                try:
-                    self._unread += os.read(self._master, 4096).decode("utf-8", "replace")
-                except OSError:  # the program has closed its terminal
-                    pytest.fail(f"{text!r} did not come before the end; there was {self._unread!r}")
-        self._unread = self._unread.partition(text)[2]
-
-
-def _take_terminal() -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

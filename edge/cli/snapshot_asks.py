@@ -1,0 +1,299 @@
+"""The commands of the group snapshot that ask a model runner: save, prune, transcode, resume, timeline."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from edge.cli.context import JsonOption, NodeOption, connected, expect_service, load, print_json, print_table
+
+if TYPE_CHECKING:
+    from edge.bus import Bus
+    from protocol.codec import Received
+    from protocol.messages import ModelResume, ModelSnapshot, SnapshotSaved, SnapshotTranscode, SnapshotWishes
+
+TTL_MS = 600_000
+"""A big one takes its time: a self-test reads tokens again, a slow link carries what there is."""
+CODECS = ("auto", "raw", "lossless", "int8", "rotated4", "transform", "tokens")
+
+IdArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="ID",
+        help="Its id, or as many of its first digits as are its alone; CONVERSATION@LABEL; or CONVERSATION, of which "
+        "it is the newest.",
+    ),
+]
+LabelOption = Annotated[str, typer.Option(help="A name for this checkpoint: it is then CONVERSATION@LABEL.")]
+CodecOption = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(CODECS),
+        help="auto: the smallest whose self-test is faithful enough; tokens: no KV, token ids alone.",
+    ),
+]
+KlOption = Annotated[
+    Optional[float],  # noqa: UP045 - typer reads the annotation at run time, on Python 3.10 too
+    typer.Option("--most-kl", min=0, help="Mean divergence that it may have, nats a token.", show_default="0.02"),
+]
+Top1Option = Annotated[
+    Optional[float],  # noqa: UP045 - as above
+    typer.Option("--least-top1", min=0, max=1, help="Share of equal likeliest tokens.", show_default="0.94"),
+]
+BudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--budget", metavar="10x", help="So many times smaller than 16 bits a number, by pruning and codec together."
+    ),
+]
+PRUNERS = "last:512, window:4,1000, heavy:0.5, anchors:0.5"
+
+
+def save(
+    conversation: Annotated[str, typer.Argument(help="The conversation to save; it may be being answered.")],
+    label: LabelOption = "",
+    codec: CodecOption = "",
+    most_kl: KlOption = None,
+    least_top1: Top1Option = None,
+    prune: Annotated[str, typer.Option(metavar="SPEC", help=f"Keep these positions alone: {PRUNERS}.")] = "",
+    budget: BudgetOption = "",
+    node: NodeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Save a conversation as it is now, between two tokens."""
+    from protocol.messages import ModelSnapshot
+
+    wishes = _wishes(codec, most_kl, least_top1, prune, budget)
+    _saved(node, ModelSnapshot(conversation, label, wishes), f"saving {conversation}", json)
+
+
+def prune(
+    snapshot: IdArgument,
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help=f"Which positions are kept: {PRUNERS}.")] = "",
+    budget: BudgetOption = "",
+    label: LabelOption = "",
+    codec: CodecOption = "",
+    most_kl: KlOption = None,
+    least_top1: Top1Option = None,
+    node: NodeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Make a smaller snapshot of one, with fewer of its positions. The first stays."""
+    from protocol.messages import SnapshotTranscode
+
+    if not spec and not budget:
+        raise typer.BadParameter("say which positions are kept, or how small it is to be with --budget")
+    identifier, was = _named(snapshot, node)
+    wishes = _wishes(codec or was or "raw", most_kl, least_top1, spec, budget)
+    assert wishes is not None
+    _saved(node, SnapshotTranscode(identifier, wishes, label), f"pruning {identifier[:12]}", json)
+
+
+def transcode(
+    snapshot: IdArgument,
+    codec: CodecOption,
+    most_kl: KlOption = None,
+    least_top1: Top1Option = None,
+    label: LabelOption = "",
+    node: NodeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Make another snapshot of one, encoded otherwise. The first stays."""
+    from protocol.messages import SnapshotTranscode
+
+    identifier, _ = _named(snapshot, node)
+    wishes = _wishes(codec, most_kl, least_top1, "", "")
+    assert wishes is not None
+    _saved(node, SnapshotTranscode(identifier, wishes, label), f"transcoding {identifier[:12]}", json)
+
+
+def resume(
+    snapshot: IdArgument,
+    name: Annotated[str, typer.Option("--as", help="Its name from now on: another than it has is a branch.")] = "",
+    source: Annotated[str, typer.Option("--from", metavar="NODE", help="Node that holds it. Default: this.")] = "",
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="KV will do that is not exact; else its tokens are read again.")
+    ] = False,
+    most_kl: KlOption = None,
+    least_top1: Top1Option = None,
+    node: NodeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Go on with a saved conversation, or branch from it."""
+    from protocol.messages import ModelResume
+
+    config = load()
+    holder = source or node or config.node.name
+    identifier, of = "", ""
+    if holder == config.node.name:
+        identifier, _ = _named(snapshot, "")
+    elif re.fullmatch("[0-9a-f]{64}", snapshot):
+        identifier = snapshot
+    else:
+        of = snapshot
+    ask = ModelResume(identifier, holder, name, of, lossy=lossy)
+    if most_kl is not None:
+        ask.most_kl = most_kl
+    if least_top1 is not None:
+        ask.least_top1 = least_top1
+    target = node or config.node.name
+    with connected(config) as bus:
+        expect_service(bus, target, "model_runner")
+        found = told(bus, target, ask, f"resuming {snapshot[:40]}")
+    if json:
+        print_json(found)
+        return
+    from edge.text import printable
+
+    why = f" ({found.reason})" if found.reason else ""
+    said = [f"{found.tokens:,} tokens, {found.how}{why}"]
+    if found.fidelity is not None:
+        from edge.cli.held import said_fidelity
+
+        wanted = found.fidelity
+        said.append(said_fidelity(wanted.tested_tokens, wanted.mean_kl, wanted.top1, wanted.measured))
+    if found.logits:
+        said.append(f"its first step against the saved logits: {found.logits}")
+    said.append(
+        f"fetched {found.size_bytes / 1e6:,.1f} MB in {found.transfer_ms:.0f} ms, restored in {found.restore_ms:.0f} ms"
+    )
+    there = f" --node {target}" if node else ""
+    print(printable(f"{found.conversation} on {target}: " + "; ".join(said)))
+    print(printable(f"go on: mindstream chat{there} -c {found.conversation}"))
+
+
+def timeline(
+    conversation: Annotated[str, typer.Argument(help="The conversation.")],
+    node: NodeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """The points that a conversation can return to, the oldest first."""
+    from edge.cli.held import local_time
+    from protocol.messages import SnapshotTimeline, SnapshotTimelineAsk
+
+    config = load()
+    target = node or config.node.name
+    with connected(config) as bus:
+        expect_service(bus, target, "model_runner")
+        found: SnapshotTimeline = bus.ask(target, SnapshotTimelineAsk(conversation), ttl_ms=60_000)
+    if json:
+        print_json(found)
+        return
+    rows = [
+        [
+            each.snapshot[:12],
+            local_time(each.time_us),
+            f"{each.tokens:,}",
+            each.label or each.why,
+            "" if each.surprise is None else f"{each.surprise:.2f}",
+            "" if each.salience is None else f"{each.salience:.2f}",
+            each.codec,
+            f"{each.size_bytes / 1e6:,.2f}",
+            f"{each.own_bytes / 1e6:,.2f}",
+            " ".join(each.text.split())[-60:],
+        ]
+        for each in found.moments
+    ]
+    columns = ("snapshot", "time", "tokens", "label", "surprise", "salience", "codec", "MB", "own MB", "text")
+    print_table(columns, rows, empty=f"{target} holds no snapshot of {conversation}")
+    if rows:
+        print("return to one: mindstream snapshot resume ID --as NAME")
+
+
+def _named(snapshot: str, node: str) -> tuple[str, str]:
+    """A snapshot's id, and its codec where this node knows it. Of another node it must be given whole."""
+    if node and node != load().node.name:
+        if not re.fullmatch("[0-9a-f]{64}", snapshot):
+            raise typer.BadParameter(f"give all 64 digits of a snapshot of {node}", param_hint="ID")
+        return snapshot, ""
+    from edge.cli.held import held
+
+    here = held()
+    identifier = here.find(snapshot)
+    manifest = here.manifests().get(identifier)
+    return identifier, manifest.codec.name if manifest is not None else ""
+
+
+def _wishes(
+    codec: str, most_kl: float | None, least_top1: float | None, prune: str, budget: str
+) -> SnapshotWishes | None:
+    """None where nothing is asked for: it is then encoded as the node's configuration says."""
+    from protocol.messages import SnapshotWishes
+
+    if codec and codec not in CODECS:
+        raise typer.BadParameter(f"{codec!r} is none of {', '.join(CODECS)}", param_hint="--codec")
+    if not any((codec, prune, budget)) and most_kl is None and least_top1 is None:
+        return None
+    exact = not budget and most_kl is None and least_top1 is None
+    wishes = SnapshotWishes(codec=codec or ("raw" if exact else "auto"), prune=prune)  # type: ignore[arg-type]
+    if budget:
+        ratio = re.fullmatch(r"(\d+(?:\.\d+)?)x?", budget)
+        if ratio is None or float(ratio[1]) < 1:
+            raise typer.BadParameter(f"{budget!r} is no ratio, such as 10x", param_hint="--budget")
+        wishes.budget_ratio = float(ratio[1])
+    if most_kl is not None:
+        wishes.most_kl = most_kl
+    if least_top1 is not None:
+        wishes.least_top1 = least_top1
+    return wishes
+
+
+def _saved(node: str, ask: ModelSnapshot | SnapshotTranscode, title: str, json: bool) -> None:
+    """Ask for a snapshot and say what came of it."""
+    from edge.cli.held import said_fidelity
+    from edge.text import printable
+
+    config = load()
+    target = node or config.node.name
+    with connected(config) as bus:
+        expect_service(bus, target, "model_runner")
+        found: SnapshotSaved = told(bus, target, ask, title)
+    if json:
+        print_json(found)
+        return
+    for line in found.tried:
+        print(printable(f"not {line}"))
+    label = f"@{found.label}" if found.label else ""
+    kept = f", {found.kept_tokens:,} of them kept" if found.kept_tokens and found.kept_tokens < found.tokens - 1 else ""
+    ratio = f", {found.ratio:.1f} times smaller than 16 bits a number" if found.ratio else ""
+    print(
+        printable(
+            f"{found.snapshot[:12]}  {found.conversation}{label}: {found.tokens:,} tokens{kept}, {found.codec}, "
+            f"{found.size_bytes / 1e6:,.2f} MB{ratio}, in {found.took_ms:.0f} ms"
+        )
+    )
+    if found.fidelity is not None:
+        wanted = found.fidelity
+        print(said_fidelity(wanted.tested_tokens, wanted.mean_kl, wanted.top1, wanted.measured))
+
+
+def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelResume, title: str) -> Any:
+    """The answer to a long ask, with a bar meanwhile. Ctrl-C gives up waiting: what is under way goes on there."""
+    from edge.cli.progress import phases
+    from protocol.ids import uuid7
+    from protocol.messages import SnapshotProgress
+
+    ask.run = uuid7()
+    with phases(title) as on_phase:
+
+        def show(message: Received) -> None:
+            said: SnapshotProgress = message.data
+            on_phase(said.phase, said.done_bytes, said.total_bytes)
+
+        stop_hearing = bus.hear(SnapshotProgress, show, node=target, run=ask.run)
+        try:
+            bus.wait_subscribed(5.0)
+            answer = bus.ask_later(target, ask, ttl_ms=TTL_MS)
+            while True:
+                try:
+                    # With a timeout, so that Ctrl-C is heard.
+                    return answer.result(timeout=0.2)
+                except concurrent.futures.TimeoutError:
+                    # AskExpired is the future's own error; this one is only our patience.
+                    if answer.done():
+                        raise
+        finally:
+            stop_hearing()
