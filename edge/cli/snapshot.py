@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from protocol.sharing import Opened
 
 app = typer.Typer(
-    help="Save conversations, and what there is of them: on this node's disk, or at its model runner.",
+    help="Save conversations, go on from them, make them smaller, compare them.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
