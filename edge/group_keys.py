@@ -58,13 +58,13 @@ class GroupKeys:
         self._pairs: list[tuple[_Kept, GroupKey]] = []
         """The newest first; replaced, never changed."""
 
-    def keys(self) -> list[GroupKey]:
+    def versions(self) -> list[GroupKey]:
         """Every version, the newest first. Raises StorageError."""
         return [key for _, key in self._look()]
 
     def by_id(self, key_id: bytes) -> GroupKey | None:
         """The version of that id, if this node has it. Raises StorageError."""
-        return next((key for key in self.keys() if key.id == key_id), None)
+        return next((key for key in self.versions() if key.id == key_id), None)
 
     def current(self) -> GroupKey | None:
         """What is new is sealed with this one: the highest version that nobody is known to have who is not trusted.

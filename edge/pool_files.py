@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.files import storage_errors
-from protocol.errors import ConfigError, StorageError
+from protocol.errors import StorageError
 from protocol.ids import uuid7
 
 Data = bytes | bytearray | memoryview
@@ -135,28 +136,45 @@ class UrlFiles(PoolFiles):
 
     def __init__(self, url: str) -> None:
         self.where = url
-        try:
-            import fsspec
-        except ImportError:
-            raise ConfigError(
-                f"opening the pool at {url}: the package fsspec is not installed",
-                hint="install the extra `pool`, or leave pool.url empty for a folder of this node",
-                field="pool.url",
-                reason="fsspec missing",
-            ) from None
-        try:
-            self._files, path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"opening the pool at {url}: {error}",
-                hint="install the package that it names, or set pool.url to another URL",
-                field="pool.url",
-                reason=str(error),
-            ) from None
-        except Exception as error:
-            raise _failed(f"opening the pool at {url}", error) from error
-        self._root = str(path).rstrip("/")
         self._put_whole = url.partition(":")[0] in _PUT_WHOLE
+        self._lock = threading.Lock()
+        self._opened: tuple[Any, str] | None = None
+
+    @property
+    def _files(self) -> Any:
+        return self._open()[0]
+
+    @property
+    def _root(self) -> str:
+        return self._open()[1]
+
+    def _open(self) -> tuple[Any, str]:
+        """fsspec's file system and the path in it: opened when it is used, for that may want the network."""
+        with self._lock:
+            if self._opened is None:
+                doing = f"opening the pool at {self.where}"
+                try:
+                    import fsspec
+                except ImportError:
+                    raise StorageError(
+                        f"{doing}: the package fsspec is not installed",
+                        hint="install the extra `pool`, or leave pool.url empty for a folder of this node",
+                        field="pool.url",
+                        reason="fsspec missing",
+                    ) from None
+                try:
+                    files, path = fsspec.core.url_to_fs(self.where)
+                except (ImportError, ValueError) as error:
+                    raise StorageError(
+                        f"{doing}: {error}",
+                        hint="install the package that it names, or set pool.url to another URL",
+                        field="pool.url",
+                        reason=str(error),
+                    ) from None
+                except Exception as error:
+                    raise _failed(doing, error) from error
+                self._opened = files, str(path).rstrip("/")
+            return self._opened
 
     def list(self, folder: str) -> dict[str, int]:
         found: list[dict[str, Any]] = []
@@ -221,5 +239,5 @@ def _failed(doing: str, error: Exception) -> StorageError:
 
 
 def open_files(url: str, folder: Path) -> PoolFiles:
-    """The files of the pool: at ``url``, or in ``folder`` where that is empty. Raises ConfigError or StorageError."""
+    """The files of the pool: at ``url``, or in ``folder`` where that is empty."""
     return UrlFiles(url) if url else LocalFiles(folder)

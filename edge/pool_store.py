@@ -2,7 +2,7 @@
 
 One file an entry: ``MSPOOL01``, the length of the header (uint32, little-endian), the header (msgpack of
 SignedPoolEntry), then the sealed chunks in order. Its name has what must be known without reading it:
-``NAME.PARENT.ID.COST``, in hex but for the cost, which is in milliseconds. A name is a hint and no more: what is read
+``NAME.PARENT.ID.COST.CREATOR``: three in hex, the cost in milliseconds, the node that read it. A name is a hint and no more: what is read
 is checked against the signed entry. Beside them lie the statements of witnesses, ``ID.NODE``.
 
 **What goes first.** GreedyDual-Size-Frequency (Cherkasova, "Improving WWW Proxies Performance with
@@ -52,6 +52,7 @@ class Held:
     parent: bytes
     identifier: str
     cost_ms: int
+    creator: str
     size_bytes: int
     file: str
     uses: int = 1
@@ -87,14 +88,18 @@ class PoolStore:
         self._by_name: dict[bytes, list[Held]] = {}
         self._statements: dict[str, dict[str, SignedStatement]] = {}
         self._known_statements: set[str] = set()
-        self._against: Callable[[str], bool] = lambda _identifier: False
+        self._against: Callable[[Held], bool] = lambda _held: False
         self._clock = 0.0
         self.changes = 0
         """Grows whenever an entry comes or goes."""
 
-    def set_aside_by(self, against: Callable[[str], bool]) -> None:
-        """``against`` says of an entry's id whether it is set aside."""
+    def set_aside_by(self, against: Callable[[Held], bool]) -> None:
+        """``against`` says of an entry whether it is set aside."""
         self._against = against
+
+    def is_set_aside(self, held: Held) -> bool:
+        """Whether an entry is not to be used."""
+        return self._against(held)
 
     def refresh(self) -> None:
         """Look what is there. Raises StorageError."""
@@ -210,8 +215,8 @@ class PoolStore:
         identifier = entry_id(signed)
         header = msgspec.msgpack.encode(SignedPoolEntry(signed.entry, signed.signature))
         size = _HEADER_AT + len(header) + sum(map(len, chunks))
-        file = f"{entry.name.hex()}.{entry.parent.hex()}.{identifier}.{entry.cost_ms}"
-        held = Held(entry.name, entry.parent, identifier, entry.cost_ms, size, file, clock=self._clock)
+        file = f"{entry.name.hex()}.{entry.parent.hex()}.{identifier}.{entry.cost_ms}.{entry.creator}"
+        held = Held(entry.name, entry.parent, identifier, entry.cost_ms, entry.creator, size, file, clock=self._clock)
         if self.get(identifier) is not None:
             return True
         if not self._make_room(held):
@@ -266,7 +271,7 @@ class PoolStore:
 
     def _rank(self, held: Held) -> tuple[int, float]:
         """What goes first has the lowest."""
-        if self._against(held.identifier):
+        if self._against(held):
             return 0, held.worth
         orphan = held.parent != NO_PARENT and held.parent not in self._by_name
         return (1 if orphan else 2), held.worth
@@ -313,6 +318,11 @@ class PoolStore:
         with self._lock:
             return list(self._statements.get(identifier, {}).values())[:MAX_WITNESSES]
 
+    def said_by(self, identifier: str) -> frozenset[str]:
+        """Who has said something of an entry."""
+        with self._lock:
+            return frozenset(self._statements.get(identifier, ()))
+
     def keep_statement(self, identifier: str, node: str, signed: SignedStatement, *, instead: bool = False) -> bool:
         """Keep what ``node`` says of an entry, in place of what it said before if ``instead``; whether it was new."""
         with self._lock:
@@ -352,7 +362,7 @@ class PoolStore:
 def _held(file: str, size: int) -> Held | None:
     """What a file's name says; None when it is no entry's."""
     parts = file.split(".")
-    if len(parts) != 4:
+    if len(parts) != 5 or not NAME_PATTERN.fullmatch(parts[4]):
         return None
     try:
         name, parent, identifier, cost_ms = bytes.fromhex(parts[0]), bytes.fromhex(parts[1]), parts[2], int(parts[3])
@@ -360,7 +370,7 @@ def _held(file: str, size: int) -> Held | None:
         return None
     if len(name) != NAME_BYTES or len(parent) != NAME_BYTES or len(identifier) != 64 or not 0 <= cost_ms < 2**31:
         return None
-    return Held(name, parent, identifier, cost_ms, size, file)
+    return Held(name, parent, identifier, cost_ms, parts[4], size, file)
 
 
 def _runs(indexes: Iterable[int]) -> list[tuple[int, int]]:

@@ -241,6 +241,14 @@ def read_witnesses(statements: Iterable[SignedStatement], keyring: Keyring) -> l
     return list(found.values())
 
 
+def set_aside(creator: str, witnesses: Sequence[Witness]) -> bool:
+    """Whether an entry is not to be used: some who have read its prefix themselves disagree, and no fewer than stand
+    by it, its creator counted once. So one word against one is enough, and one against many is not."""
+    against = {each.node for each in witnesses if not each.agrees and each.node != creator}
+    stand_by = {each.node for each in witnesses if each.agrees} | {creator}
+    return 0 < len(against) >= len(stand_by)
+
+
 def judge(creator: str, own: str, witnesses: Sequence[Witness], trust: str, quorum: int) -> tuple[bool, str]:
     """Whether an entry of ``creator`` may be used by node ``own``, and why not.
 
@@ -249,8 +257,8 @@ def judge(creator: str, own: str, witnesses: Sequence[Witness], trust: str, quor
         trust: ``creator``: the creator's key is enough; ``quorum``: so many witnesses must agree, its creator not
             counted.
     """
-    against = sorted(each.node for each in witnesses if not each.agrees)
-    if against:
+    if set_aside(creator, witnesses):
+        against = sorted(each.node for each in witnesses if not each.agrees)
         return False, f"set aside: {', '.join(against[:4])} read otherwise"
     if trust == "creator" or creator == own:
         return True, ""

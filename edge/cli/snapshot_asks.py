@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -49,6 +50,7 @@ BudgetOption = Annotated[
         "--budget", metavar="10x", help="So many times smaller than 16 bits a number, by pruning and codec together."
     ),
 ]
+WAYS = ("chunks", "tokens", "auto")
 PRUNERS = "last:512, window:4,1000, heavy:0.5, anchors:0.5"
 
 
@@ -67,7 +69,7 @@ def save(
     from protocol.messages import ModelSnapshot
 
     wishes = _wishes(codec, most_kl, least_top1, prune, budget)
-    _saved(node, ModelSnapshot(conversation, label, wishes), f"saving {conversation}", json)
+    _saved(node, lambda _bus, _target: ModelSnapshot(conversation, label, wishes), f"saving {conversation}", json)
 
 
 def prune(
@@ -82,14 +84,17 @@ def prune(
     json: JsonOption = False,
 ) -> None:
     """Make a smaller snapshot of one, with fewer of its positions. The first stays."""
-    from protocol.messages import SnapshotTranscode
+    from protocol.messages import SnapshotTranscode, SnapshotWishes
 
     if not spec and not budget:
         raise typer.BadParameter("say which positions are kept, or how small it is to be with --budget")
-    identifier, was = _named(snapshot, node)
-    wishes = _wishes(codec or was or "raw", most_kl, least_top1, spec, budget)
-    assert wishes is not None
-    _saved(node, SnapshotTranscode(identifier, wishes, label), f"pruning {identifier[:12]}", json)
+
+    def asked(bus: Bus, target: str) -> SnapshotTranscode:
+        identifier, was = find(bus, target, load().node.name, snapshot)
+        wishes = _wishes(codec or was or "raw", most_kl, least_top1, spec, budget)
+        return SnapshotTranscode(identifier, wishes or SnapshotWishes(), label)
+
+    _saved(node, asked, f"pruning {snapshot[:40]}", json)
 
 
 def transcode(
@@ -102,18 +107,28 @@ def transcode(
     json: JsonOption = False,
 ) -> None:
     """Make another snapshot of one, encoded otherwise. The first stays."""
-    from protocol.messages import SnapshotTranscode
+    from protocol.messages import SnapshotTranscode, SnapshotWishes
 
-    identifier, _ = _named(snapshot, node)
-    wishes = _wishes(codec, most_kl, least_top1, "", "")
-    assert wishes is not None
-    _saved(node, SnapshotTranscode(identifier, wishes, label), f"transcoding {identifier[:12]}", json)
+    wishes = _wishes(codec, most_kl, least_top1, "", "") or SnapshotWishes()
+
+    def asked(bus: Bus, target: str) -> SnapshotTranscode:
+        identifier, _ = find(bus, target, load().node.name, snapshot)
+        return SnapshotTranscode(identifier, wishes, label)
+
+    _saved(node, asked, f"transcoding {snapshot[:40]}", json)
 
 
 def resume(
     snapshot: IdArgument,
     name: Annotated[str, typer.Option("--as", help="Its name from now on: another than it has is a branch.")] = "",
     source: Annotated[str, typer.Option("--from", metavar="NODE", help="Node that holds it. Default: this.")] = "",
+    way: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(WAYS),
+            help="chunks: its KV wherever it can be used; tokens: read again; auto: what is predicted to be quicker.",
+        ),
+    ] = "chunks",
     lossy: Annotated[
         bool, typer.Option("--lossy", help="KV will do that is not exact; else its tokens are read again.")
     ] = False,
@@ -125,23 +140,20 @@ def resume(
     """Go on with a saved conversation, or branch from it."""
     from protocol.messages import ModelResume
 
+    if way not in WAYS:
+        raise typer.BadParameter(f"{way!r} is none of {', '.join(WAYS)}", param_hint="--way")
     config = load()
-    holder = source or node or config.node.name
-    identifier, of = "", ""
-    if holder == config.node.name:
-        identifier, _ = _named(snapshot, "")
-    elif re.fullmatch("[0-9a-f]{64}", snapshot):
-        identifier = snapshot
-    else:
-        of = snapshot
-    ask = ModelResume(identifier, holder, name, of, lossy=lossy)
+    target = node or config.node.name
+    holder = source or target
+    ask = ModelResume("", holder, name, way=way, lossy=lossy)  # type: ignore[arg-type]
     if most_kl is not None:
         ask.most_kl = most_kl
     if least_top1 is not None:
         ask.least_top1 = least_top1
-    target = node or config.node.name
     with connected(config) as bus:
-        expect_service(bus, target, "model_runner")
+        for each in {target, holder}:
+            expect_service(bus, each, "model_runner")
+        ask.snapshot, _ = find(bus, holder, config.node.name, snapshot)
         found = told(bus, target, ask, f"resuming {snapshot[:40]}")
     if json:
         print_json(found)
@@ -203,18 +215,36 @@ def timeline(
         print("return to one: mindstream snapshot resume ID --as NAME")
 
 
-def _named(snapshot: str, node: str) -> tuple[str, str]:
-    """A snapshot's id, and its codec where this node knows it. Of another node it must be given whole."""
-    if node and node != load().node.name:
-        if not re.fullmatch("[0-9a-f]{64}", snapshot):
-            raise typer.BadParameter(f"give all 64 digits of a snapshot of {node}", param_hint="ID")
-        return snapshot, ""
-    from edge.cli.held import held
+def find(bus: Bus, holder: str, own: str, named: str) -> tuple[str, str]:
+    """The id of what somebody calls a snapshot of ``holder``, and its codec where that is known; ``own`` is this node.
 
-    here = held()
-    identifier = here.find(snapshot)
-    manifest = here.manifests().get(identifier)
-    return identifier, manifest.codec.name if manifest is not None else ""
+    Raises NotFound, and typer.BadParameter for the first digits of another node's.
+    """
+    if holder == own:
+        from edge.cli.held import held
+
+        here = held()
+        identifier = here.find(named)
+        manifest = here.manifests().get(identifier)
+        return identifier, manifest.codec.name if manifest is not None else ""
+    if re.fullmatch("[0-9a-f]{64}", named):
+        return named, ""
+    from protocol.errors import NotFound
+    from protocol.ids import NAME_PATTERN
+    from protocol.messages import SnapshotTimelineAsk
+
+    conversation, _, label = named.partition("@")
+    if not NAME_PATTERN.fullmatch(conversation):
+        raise typer.BadParameter(f"{named[:80]!r} is neither an id of 64 digits nor CONVERSATION@LABEL")
+    found = bus.ask(holder, SnapshotTimelineAsk(conversation), ttl_ms=60_000)
+    moments = [each for each in found.moments if label in ("", each.label)]
+    if not moments:
+        raise NotFound(
+            f"looking for snapshot {named[:80]}: {holder} has none of that name",
+            hint="of another node's snapshots give all 64 digits, or CONVERSATION@LABEL",
+            field="snapshot",
+        )
+    return moments[-1].snapshot, moments[-1].codec
 
 
 def _wishes(
@@ -241,7 +271,11 @@ def _wishes(
     return wishes
 
 
-def _saved(node: str, ask: ModelSnapshot | SnapshotTranscode, title: str, json: bool) -> None:
+Asked = Callable[["Bus", str], "ModelSnapshot | SnapshotTranscode"]
+"""What to ask, once there is a bus and the node that is asked."""
+
+
+def _saved(node: str, asked: Asked, title: str, json: bool) -> None:
     """Ask for a snapshot and say what came of it."""
     from edge.cli.held import said_fidelity
     from edge.text import printable
@@ -250,7 +284,7 @@ def _saved(node: str, ask: ModelSnapshot | SnapshotTranscode, title: str, json: 
     target = node or config.node.name
     with connected(config) as bus:
         expect_service(bus, target, "model_runner")
-        found: SnapshotSaved = told(bus, target, ask, title)
+        found: SnapshotSaved = told(bus, target, asked(bus, target), title)
     if json:
         print_json(found)
         return

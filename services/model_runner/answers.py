@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from protocol.messages import ChatMessage, ModelGenerate, RunDone, RunToken, Usage
 from services.model_runner.chat import ChatFormat, TextStream
@@ -36,6 +37,16 @@ class Run:
         return RunDone(self.identifier, self.ask.conversation, "", [], "cancelled")
 
 
+class Pooled(NamedTuple):
+    """What of a prompt came from the site's pool."""
+
+    tokens: int
+    sources: list[str]
+    """The nodes that had read it."""
+    how: str
+    """``exact`` or ``close``."""
+
+
 class Answer:
     """A run that has begun. Used by the worker thread alone."""
 
@@ -47,6 +58,10 @@ class Answer:
         self._chat = chat
         self.queued_ms = (time.monotonic() - run.asked_s) * 1000
         self.shared_tokens = 0
+        self.pooled: Pooled | None = None
+        """What of its prompt came from the pool."""
+        self.block_s = 0.0
+        """What reading since the last block boundary took."""
         self.dropped_tokens = 0
         self.keys: list[bytes] = []
         """Of the whole chunks of its prompt (``prefixes.chunk_keys``)."""
@@ -100,6 +115,8 @@ class Answer:
             energy_j=energy_j,
             energy_sensor=energy_sensor if energy_j is not None else "",
         )
+        if self.pooled is not None:
+            usage.pooled_tokens, usage.pooled_from, usage.pooled_how = self.pooled
         return RunDone(
             self.run.identifier,
             conversation.name,

@@ -97,6 +97,8 @@ class Conversation:
         self.whole_chunks: list[bytes] = []
         """Keys (``prefixes.chunk_keys``) of the chunks at its beginning that its cache has from whole chunks of
         prefill."""
+        self.foreign = False
+        """Whether some of these came from the pool on another node's word: what follows them is not put there."""
         self.closed = False
         """Its cache is gone."""
 
@@ -280,7 +282,8 @@ class Conversations:
         del self._live[conversation.name]
         left: Evicted = "tokens" if conversation.keep else "gone"
         if conversation.keep and self.parking is not None and conversation.state.prefilled:
-            extra = {"whole_chunks": [key.hex() for key in conversation.whole_chunks]}
+            whole = [key.hex() for key in conversation.whole_chunks]
+            extra = {"whole_chunks": whole, "foreign": conversation.foreign}
             copied = snapshot.copy(
                 self._engine,
                 conversation.state,
@@ -314,6 +317,7 @@ class Conversations:
         conversation.last_command = record.last_command
         extra = snapshot.extra_of(fetched.manifest, fetched.private)
         conversation.whole_chunks = [bytes.fromhex(key) for key in extra["whole_chunks"]]
+        conversation.foreign = extra.get("foreign", True)
         return self.hold(conversation)
 
     def forget(self, name: str) -> None:

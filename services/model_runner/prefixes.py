@@ -42,6 +42,7 @@ class Prefixes:
         self._holders: dict[bytes, Conversation] = {}
         self._kept: OrderedDict[bytes, KVCache] = OrderedDict()
         self._seen: OrderedDict[bytes, str] = OrderedDict()
+        self._foreign: set[bytes] = set()
 
     @property
     def allocated_bytes(self) -> int:
@@ -64,6 +65,25 @@ class Prefixes:
     def read(self, conversation: Conversation) -> None:
         """``conversation`` has read one more whole chunk, the last of its ``whole_chunks``."""
         self._holders[conversation.whole_chunks[-1]] = conversation
+
+    def mark_foreign(self, keys: Sequence[bytes]) -> None:
+        """These chunks came from the pool on another node's word; so did every copy of them, for as long as this
+        process lives."""
+        self._foreign.update(keys)
+
+    def is_foreign(self, keys: Sequence[bytes]) -> bool:
+        """Whether any of these did."""
+        return not self._foreign.isdisjoint(keys)
+
+    def held_chunks(self, keys: Sequence[bytes]) -> int:
+        """How many chunks of a prompt with these ``keys`` ``fork`` would find."""
+        for chunks in range(len(keys), 0, -1):
+            key = keys[chunks - 1]
+            holder = self._holders.get(key)
+            held = holder is not None and not holder.closed and holder.whole_chunks[chunks - 1 : chunks] == [key]
+            if held or key in self._kept:
+                return chunks
+        return 0
 
     def fork(self, keys: Sequence[bytes], more_than: int, capacity_tokens: int) -> tuple[KVCache, int] | None:
         """A copy of the longest held beginning of a prompt with these ``keys``, and its chunks, if they are

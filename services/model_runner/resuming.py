@@ -354,7 +354,10 @@ class Resuming:
         parent = bytes.fromhex(identifier)
         conversation = Conversation(handoff.name, resumed.state, messages, turn_start, key=opened.key, parent=parent)
         conversation.whole_chunks = whole_chunks
-        loaded.conversations.save(loaded.conversations.hold(conversation))
+        conversation.keep = handoff.ask.keep
+        loaded.conversations.hold(conversation)
+        if conversation.keep:
+            loaded.conversations.save(conversation)
         return resumed
 
     def _answer(

@@ -15,17 +15,21 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge.power import EnergyShares, Meter
 from protocol.errors import MindstreamError, ModelError, to_wire
+from protocol.layout import BLOCK_TOKENS
 from protocol.messages import RunDone, RunToken, Usage
-from services.model_runner.answers import Answer, Run, given_before
+from services.model_runner.answers import Answer, Pooled, Run, given_before
 from services.model_runner.chat import ChatFormat
 from services.model_runner.constrained import Grammars
 from services.model_runner.conversations import Conversation, Conversations
 from services.model_runner.engine import Engine, chunk_ends
 from services.model_runner.generation import accept, context_full
 from services.model_runner.heat import rest_s
+from services.model_runner.parking import Fetched
+from services.model_runner.pool import Pool, Taken
 from services.model_runner.prefixes import chunk_keys
 from services.model_runner.room import Room
 from services.model_runner.scheduler import Scheduler, Work
@@ -57,6 +61,8 @@ class Loaded:
     """Measures the energy of what computes."""
     on_chunk: Callable[[int, int, float], None] = lambda _start, _end, _seconds: None
     """Called on the worker's thread with what was read of a prompt, and how long that took."""
+    pool: Pool | None = None
+    """Beginnings of prompts that the site has read; None: there is none."""
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ class Totals:
     tokens: int = 0
     chunks: int = 0
     shared_tokens: int = 0
+    pooled_tokens: int = 0
+    """That came from the site's pool."""
     restored: int = 0
     """Conversations that came back from disk bit for bit."""
 
@@ -153,10 +161,10 @@ class Rounds:
             self.scheduler.changed = True
             self.lock.notify_all()
 
-    def _land(self, work: Work, future: Future[None], then: Callable[[], None]) -> None:
+    def _land(self, work: Work, future: Future[Any], then: Callable[[], None]) -> None:
         """``then`` on the worker's thread, when ``future`` is done."""
 
-        def done(_: Future[None]) -> None:
+        def done(_: Future[Any]) -> None:
             self._landed.append(_Landed(work, then))
             self.room_changed()
 
@@ -205,14 +213,14 @@ class Rounds:
         parking = self._conversations.parking
         if parking is not None and self._conversations.live(name) is None and parking.has(name):
             fetching = parking.fetch(name)
-            self._land(work, fetching, lambda: self._restore(work, fetching))  # type: ignore[arg-type]
+            self._land(work, fetching, lambda: self._restore(work, fetching))
             return
         self._begin_here(work)
 
-    def _restore(self, work: Work, fetching: Future[object]) -> None:
+    def _restore(self, work: Work, fetching: Future[Fetched]) -> None:
         """The parked cache is in memory, or cannot be used: then the tokens are read again."""
         try:
-            self._conversations.restore(fetching.result())  # type: ignore[arg-type]
+            self._conversations.restore(fetching.result())
             self.totals.restored += 1
             self.report("restored.kv_cache", "")
         except MindstreamError as error:
@@ -246,6 +254,47 @@ class Rounds:
         self._answers[work] = answer
         self.loaded.grammars.attach(state)
         self._energy.begin(work)
+        if not self._look_into_pool(answer):
+            self._go_on(answer)
+
+    def _look_into_pool(self, answer: Answer) -> bool:
+        """Whether the run waits for its prompt's beginning to come from the pool."""
+        state, pool = answer.state, self.loaded.pool
+        if pool is None or state.new_tokens:
+            return False
+        in_memory = self.room.prefixes.held_chunks(answer.keys) * self._engine.chunk_tokens
+        plan = pool.look(state.tokens, max(state.cache.length, in_memory))
+        if plan is None:
+            return False
+        fetching = pool.fetch(plan)
+        self._land(answer.work, fetching, lambda: self._take_pooled(answer, fetching.result()))
+        return True
+
+    def _take_pooled(self, answer: Answer, taken: Taken | None) -> None:
+        """The prompt's beginning has come, or has not: then it is read."""
+        conversation, state = answer.conversation, answer.state
+        if taken is not None and taken.tokens > state.cache.length:
+            try:
+                cache = self._engine.import_layers(taken.layers, state.cache.capacity_tokens)
+            except MindstreamError as error:
+                self.report("refused.pooled", f"what came from the pool cannot be used, it is read: {error}")
+            else:
+                self.room.prefixes.forget(conversation)
+                new_tokens = taken.tokens - state.cache.length
+                state.cache.close()
+                state.cache = cache
+                conversation.whole_chunks = []
+                conversation.foreign = taken.foreign
+                state.timing.reused_tokens += new_tokens
+                answer.pooled = Pooled(new_tokens, taken.sources, taken.how)
+                self.totals.pooled_tokens += new_tokens
+                if taken.how == "exact":
+                    keys = answer.keys[: taken.tokens // self._engine.chunk_tokens]
+                    if taken.foreign:
+                        self.room.prefixes.mark_foreign(keys)
+                    for key in keys:
+                        conversation.whole_chunks.append(key)
+                        self.room.prefixes.read(conversation)
         self._go_on(answer)
 
     def _go_on(self, answer: Answer) -> None:
@@ -309,6 +358,7 @@ class Rounds:
         state.timing.prefilled_tokens += end - start
         state.timing.prefill_s += seconds
         self.totals.chunks += 1
+        self._offer_to_pool(answer, start, end, seconds)
         with self.lock:
             self.scheduler.charge([answer.work], seconds)
         self._energy.computed([answer.work], seconds)
@@ -331,6 +381,7 @@ class Rounds:
         state.cache.close()
         state.cache = forked
         conversation.whole_chunks = answer.keys[:chunks]
+        conversation.foreign = self.room.prefixes.is_foreign(conversation.whole_chunks)
         state.timing.reused_tokens += taken
         answer.shared_tokens += taken
         self.totals.shared_tokens += taken
@@ -343,9 +394,23 @@ class Rounds:
         if end % chunk or start != len(conversation.whole_chunks) * chunk or end // chunk > len(answer.keys):
             return
         conversation.whole_chunks.append(answer.keys[start // chunk])
+        if conversation.foreign:
+            self.room.prefixes.mark_foreign(conversation.whole_chunks)
         self.room.prefixes.read(conversation)
         if len(conversation.whole_chunks) == answer.common_chunks:
             self.room.keep_prefix(conversation.whole_chunks[-1], answer.state.cache)
+
+    def _offer_to_pool(self, answer: Answer, start: int, end: int, seconds: float) -> None:
+        """A block that was read whole, as was all before it, can be of use to others."""
+        conversation, pool = answer.conversation, self.loaded.pool
+        if start % BLOCK_TOKENS == 0:
+            answer.block_s = 0.0
+        answer.block_s += seconds
+        whole = len(conversation.whole_chunks) * self._engine.chunk_tokens
+        if pool is None or end % BLOCK_TOKENS or end != whole or start == end:
+            return
+        if not conversation.foreign and conversation.keep:
+            pool.has_read(answer.state.cache, answer.state.tokens, answer.block_s)
 
     def _out_of_memory(self, answer: Answer, error: Exception) -> bool:
         """Whether the run is tried once more, its prompt read from the start, because memory could be had."""
@@ -363,7 +428,7 @@ class Rounds:
         self.room.prefixes.forget(conversation)
         capacity = state.cache.capacity_tokens
         state.cache.close()
-        conversation.whole_chunks = []
+        conversation.whole_chunks, conversation.foreign, answer.pooled = [], False, None
         try:
             state.cache = self._engine.new_cache(capacity)
         except MindstreamError as error:

@@ -39,6 +39,8 @@ from protocol.messages import (
     LinkProbe,
     LinkProbed,
     ModelBasisAsk,
+    GroupKeyAsk,
+    GroupKeys,
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
@@ -48,6 +50,9 @@ from protocol.messages import (
     ModelResume,
     ModelSnapshot,
     ModelStep,
+    PoolEntriesAsk,
+    PoolHave,
+    PoolWitness,
     RunDone,
     RunToken,
     SnapshotManifestAsk,
@@ -68,6 +73,7 @@ from services.model_runner.engine import Engine, ModelSpec
 from services.model_runner.heat import HeatWatch
 from services.model_runner.memory import MIB, free_memory, kv_budget
 from services.model_runner.parking import Parking
+from services.model_runner.pool import Pool
 from services.model_runner.resuming import Resuming
 from services.model_runner.rounds import Loaded, Rounds
 from services.model_runner.saving import Saving
@@ -117,6 +123,15 @@ class ModelRunner(Service):
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
+        self.pool = Pool(
+            self.context,
+            self.bus,
+            self.blob_bus,
+            self.context.data_dir / "pool",
+            self.config.node.folder(),
+            idle=lambda: not self.worker.running,
+            stopping=self.stopping,
+        )
         self.saving = Saving(self.context, self.bus, self.worker, self.store)
         self.costs = CostBook(self.context.data_dir / "costs.msgpack")
         self.resuming = Resuming(
@@ -129,12 +144,14 @@ class ModelRunner(Service):
     def started(self) -> None:
         self.blob_bus.start(timeout_s=None)
         self.worker.start()
+        self.pool.start()
         if self.config.model.back_off_when_throttled:
             self.heat.start()
 
     def teardown(self) -> None:
         self.heat.stop()
         self.worker.stop()
+        self.pool.stop()
         self.sayer.stop()
         self.embeddings.stop()
         self.resuming.stop()
@@ -151,6 +168,9 @@ class ModelRunner(Service):
 
     def tick(self) -> None:
         self.stepping.tick()
+
+    def reconnected(self) -> None:
+        self.pool.reconnected()
 
     def condition(self) -> tuple[str, str]:
         if self.worker.loaded is not None:
@@ -215,6 +235,8 @@ class ModelRunner(Service):
             "parked_mib": round(parked_bytes / MIB, 1),
             "restored": rounds.totals.restored,
             "shared_tokens": rounds.totals.shared_tokens,
+            "pooled_tokens": rounds.totals.pooled_tokens,
+            **self.pool.details(),
         }
 
     def _load(self) -> Loaded:
@@ -230,6 +252,7 @@ class ModelRunner(Service):
         from services.model_runner.chat import ChatFormat
 
         engine = engines.load(chosen, settings, self.context.data_dir)
+        self.pool.attach(engine)
         context = min(settings.max_context_tokens or engine.spec.context_tokens, engine.spec.context_tokens)
         conversations = Conversations(
             self.db,
@@ -255,6 +278,7 @@ class ModelRunner(Service):
             budget_reason=budget.reason,
             meter=self._meter(engine, chosen.device.value),
             on_chunk=self.costs.read,
+            pool=self.pool,
         )
 
     def _meter(self, engine: Engine, device: str) -> Meter:
@@ -428,8 +452,32 @@ class ModelRunner(Service):
         """Send chunks of a snapshot, a built model or a basis that this node holds."""
         return self.sender.pull(message)
 
+    # --- the pool -------------------------------------------------------------------------------------------
+
+    @hears(PoolHave)
+    def pool_have(self, message: Received) -> None:
+        """Note which blocks another node holds."""
+        self.pool.peers.hear(message)
+
+    @hears(PoolWitness)
+    def pool_witness(self, message: Received) -> None:
+        """Note whether another node agrees with an entry."""
+        self.pool.hear_witness(message)
+
+    @hears(GroupKeyAsk)
+    def group_key(self, message: Received) -> GroupKeys:
+        """The site's group key, for a node that this one trusts."""
+        return self.pool.peers.grant(message)
+
+    @hears(PoolEntriesAsk)
+    def pool_entries(self, message: Received) -> Deferred:
+        """Entries that this node holds; their chunks are then pulled."""
+        return _deferred(self.pool.answer_entries(message))
+
     def _held(self, identifier: str) -> Held | None:
-        return self.shelf.held(identifier) or self.basis_shelf.held(identifier)
+        """What is pulled from this node beside snapshots."""
+        bundle = self.pool.peers.bundle(identifier)
+        return bundle or self.shelf.held(identifier) or self.basis_shelf.held(identifier)
 
     def _open_stored(self, identifier: str) -> SnapshotManifest:
         return open_manifest(self.store.manifest(identifier), self.context.peers.keyring())

@@ -139,8 +139,8 @@ def test_a_bar_is_drawn_on_a_terminal_and_the_answer_comes_after_it(site: Site) 
         (["prune", "abc"], 2, "which positions"),
         (["resume", "feed" * 16], 4, "does not hold it"),
         (["resume", "garden@nothing"], 4, "does not hold it"),
-        (["resume", "abc", "--node", "sprout", "--from", "sprout"], 4, ""),
-        (["transcode", "abc", "--codec", "int8", "--node", "sprout"], 2, "all 64 digits"),
+        (["resume", "abc", "--way", "by post"], 2, "none of chunks"),
+        (["transcode", "No Name", "--codec", "int8", "--node", "sprout"], 2, "an id of 64 digits"),
         (["explore", "nowhere"], 4, "none of that name"),
     ],
 )
@@ -226,6 +226,7 @@ def test_a_snapshot_is_explored_and_another_gone_to(site: Site) -> None:
     assert (begun["tokens"], step["tokens"]) == (one["tokens"], one["tokens"] + 1)
     assert (gone["tokens"], further["tokens"]) == (other["tokens"], other["tokens"] + 1)
     assert err.count("exact") == 2
+    assert not any("explore" in each for each in site.runners["tomato"].worker.loaded.conversations.names())
 
 
 def test_a_script_is_told_that_its_last_command_did_not_do(site: Site) -> None:
