@@ -29,7 +29,8 @@ from services.model_runner.engine import Engine, chunk_ends
 from services.model_runner.generation import accept, context_full
 from services.model_runner.heat import rest_s
 from services.model_runner.parking import Fetched
-from services.model_runner.pool import Pool, Taken
+from services.model_runner.pool import Pool
+from services.model_runner.pool_fetching import Taken
 from services.model_runner.prefixes import chunk_keys
 from services.model_runner.room import Room
 from services.model_runner.scheduler import Scheduler, Work

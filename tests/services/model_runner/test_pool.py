@@ -134,7 +134,6 @@ def test_what_was_damaged_on_the_disk_is_read_again_and_removed(tmp_path: Path, 
         assert again.usage is not None
         assert again.usage.pooled_tokens == BLOCK_TOKENS, "the first block is whole"
         assert tomato.counters["pool.damaged"] == 1
-        assert tomato.entries == 1 or last.read_bytes() != body
         tomato.wait_entries(BLOCKS)  # it was read again, and put in again
 
 
