@@ -2,8 +2,8 @@
 
 One file an entry: ``MSPOOL01``, the length of the header (uint32, little-endian), the header (msgpack of
 SignedPoolEntry), then the sealed chunks in order. Its name has what must be known without reading it:
-``NAME.PARENT.ID.COST.CREATOR``: three in hex, the cost in milliseconds, the node that read it. A name is a hint and no more: what is read
-is checked against the signed entry. Beside them lie the statements of witnesses, ``ID.NODE``.
+``NAME.PARENT.ID.COST.CREATOR``, three in hex, the cost of reading in milliseconds, the node that read it. It is a hint
+and no more: what is read is checked against the signed entry. Beside them lie statements of witnesses, ``ID.NODE``.
 
 **What goes first.** GreedyDual-Size-Frequency (Cherkasova, "Improving WWW Proxies Performance with
 Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998): an entry is worth ``clock + uses × cost / size``, seconds of

@@ -29,6 +29,7 @@ import numpy as np
 
 from edge.bus import Bus
 from edge.group_keys import GroupKeys
+from edge.mailbox import Mailbox
 from edge.pool_files import open_files
 from edge.pool_store import PoolStore
 from edge.service import Context
@@ -37,6 +38,7 @@ from protocol.errors import MindstreamError, StorageError
 from protocol.layout import BLOCK_TOKENS
 from protocol.manifest import prefix_addresses
 from services.model_runner import pool_blocks
+from services.model_runner.cost_book import CostBook
 from services.model_runner.engine import Engine, KVCache
 from services.model_runner.memory import MIB
 from services.model_runner.pool_blocks import Place
@@ -64,6 +66,8 @@ class Pool:
     Args:
         folder: for its entries, where ``pool.url`` names no other place.
         node_folder: the node's data folder, which has its keys.
+        costs: what was measured of reading and of links.
+        mailbox: of this host; None: all comes over the bus.
         idle: whether no run is under way.
     """
 
@@ -77,6 +81,8 @@ class Pool:
         blob_bus: Bus,
         folder: Path,
         node_folder: Path,
+        costs: CostBook,
+        mailbox: Mailbox | None = None,
         *,
         idle: Callable[[], bool],
         stopping: Callable[[], bool],
@@ -86,8 +92,8 @@ class Pool:
         self._stopping = stopping
         self._engine: Engine | None = None
         keys = GroupKeys(node_folder, context.identity, context.peers)
-        self._site = Site(context, bus, open_files(context.config.pool.url, folder), keys)
-        self.peers = PoolPeers(context, bus, blob_bus, self._site.store, keys, self._notify, stopping)
+        self._site = Site(context, bus, open_files(context.config.pool.url, folder), keys, costs)
+        self.peers = PoolPeers(context, bus, blob_bus, self._site.store, keys, mailbox, self._notify, stopping)
         self._fetching = Fetching(self._site, self.peers, self._later)
         self._putting = Putting(self._site, self.peers)
         self._wake = threading.Condition()
@@ -220,7 +226,6 @@ class Pool:
     def _has_read(self, cache: KVCache, tokens: Sequence[int], seconds: float) -> None:
         engine = self._engine
         block = cache.length // BLOCK_TOKENS - 1
-        self._site.rates.has_read(block * BLOCK_TOKENS, cache.length, seconds)
         if not self.enabled or engine is None:
             return
         place = self._places(engine, tokens, block + 1)[-1]

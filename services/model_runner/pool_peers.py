@@ -16,6 +16,7 @@ from typing import NamedTuple
 from edge.blobs import BlobReceiver
 from edge.bus import Bus
 from edge.group_keys import GroupKeys
+from edge.mailbox import Mailbox
 from edge.pool_store import Held, PoolStore
 from edge.service import Context
 from protocol import messages
@@ -107,6 +108,7 @@ class PoolPeers:
         blob_bus: Bus,
         store: PoolStore,
         keys: GroupKeys,
+        mailbox: Mailbox | None,
         wake: Callable[[], None],
         stopping: Callable[[], bool],
     ) -> None:
@@ -117,7 +119,13 @@ class PoolPeers:
         self._keys = keys
         self._wake = wake
         self._receiver = lambda target: BlobReceiver(
-            bus, blob_bus, target, should_stop=stopping, what="pool entries", mend="let it read them again"
+            bus,
+            blob_bus,
+            target,
+            should_stop=stopping,
+            what="pool entries",
+            mend="let it read them again",
+            mailbox=mailbox,
         )
         self._announced: dict[str, Announced] = {}
         self._away_until_s: dict[str, float] = {}

@@ -17,6 +17,7 @@ from protocol.errors import MindstreamError, SnapshotRefused, TrustError
 from protocol.identity import Keyring
 from protocol.messages import PoolWitness
 from protocol.pool import SignedPoolEntry, Witness, entry_id, read_witness, read_witnesses, set_aside, witness
+from services.model_runner.cost_book import CostBook
 from services.model_runner.engine import Engine
 from services.model_runner.memory import MIB
 from services.model_runner.pool_rates import PoolRates
@@ -35,14 +36,14 @@ class Site:
 
     engine: Engine
 
-    def __init__(self, context: Context, bus: Bus, files: PoolFiles, keys: GroupKeys) -> None:
+    def __init__(self, context: Context, bus: Bus, files: PoolFiles, keys: GroupKeys, costs: CostBook) -> None:
         self.config: PoolConfig = context.config.pool
         self.context = context
         self.identity = context.identity
         self.node = context.identity.node
         self.bus = bus
         self.keys = keys
-        self.rates = PoolRates()
+        self.rates = PoolRates(costs)
         self.store = PoolStore(files, self.config.most_mib * MIB, self.dropped)
         self.store.set_aside_by(self.against)
         self._verdicts: dict[str, tuple[object, int, bool]] = {}

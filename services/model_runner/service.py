@@ -36,11 +36,11 @@ from protocol.manifest import SignedManifest, SnapshotManifest, open_manifest
 from protocol.messages import (
     BlobPull,
     BlobPulling,
+    GroupKeyAsk,
+    GroupKeys,
     LinkProbe,
     LinkProbed,
     ModelBasisAsk,
-    GroupKeyAsk,
-    GroupKeys,
     ModelBuiltAsk,
     ModelCancel,
     ModelCancelled,
@@ -123,19 +123,21 @@ class ModelRunner(Service):
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
+        self.saving = Saving(self.context, self.bus, self.worker, self.store)
+        self.costs = CostBook(self.context.data_dir / "costs.msgpack")
+        self.resuming = Resuming(
+            self.context, self.bus, self.blob_bus, self.worker, self.store, self.costs, self.stopping, self.mailbox
+        )
         self.pool = Pool(
             self.context,
             self.bus,
             self.blob_bus,
             self.context.data_dir / "pool",
             self.config.node.folder(),
+            self.costs,
+            self.mailbox,
             idle=lambda: not self.worker.running,
             stopping=self.stopping,
-        )
-        self.saving = Saving(self.context, self.bus, self.worker, self.store)
-        self.costs = CostBook(self.context.data_dir / "costs.msgpack")
-        self.resuming = Resuming(
-            self.context, self.bus, self.blob_bus, self.worker, self.store, self.costs, self.stopping, self.mailbox
         )
         self.stepping = Stepping(self.worker, self._report)
         self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
