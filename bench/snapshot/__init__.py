@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pruning": (),
     "sealed": ("encode_restore_s_per_gb",),
     "mutations": ("mutations", "mutations_refused"),
+    "variants": ("variant_speedup", "variant_kl"),
     "mailbox": ("mailbox_handles_per_s", "mailbox_gb_per_s"),
 }
 """In this order; each can be measured alone, and the figures of ``wanted.WANTED`` that it owes are null when it

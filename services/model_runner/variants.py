@@ -137,7 +137,9 @@ def _copied(layer: LayerState) -> LayerState:
     return replace(layer, keys=layer.keys.copy(), values=layer.values.copy())
 
 
-def certify(source: Sampled, engine: Engine, creator: str, say: Say = lambda _line: None) -> VariantCertificate:
+def certify(
+    source: Sampled, engine: Engine, creator: str, say: Say = lambda _line: None, *, layer_texts: int = MOST_TEXTS
+) -> VariantCertificate:
     """Measure what KV of ``source`` does to the answers of ``engine``, on the texts that ``source`` has read.
 
     Every text's prefix is read by the engine too; then the tokens after it are read behind the engine's own KV, and
@@ -146,6 +148,7 @@ def certify(source: Sampled, engine: Engine, creator: str, say: Say = lambda _li
     Args:
         source: as ``sample`` makes it; its engine need not be loaded any more.
         creator: the node that will sign.
+        layer_texts: so many texts are what single layers are measured on; what may be reused, on all.
 
     Raises ModelError when the two cannot be variants of one model, or there are no texts.
     """
@@ -161,7 +164,7 @@ def certify(source: Sampled, engine: Engine, creator: str, say: Say = lambda _li
     count = len(engine.spec.layers)
     effects = []
     for layer in range(count):
-        kl, top1 = comparison.of({layer})
+        kl, top1 = comparison.of({layer}, layer_texts)
         effects.append(LayerEffect(float(kl.mean()), float(top1.mean())))
         say(f"layer {layer} of the other: mean KL {kl.mean():.5f}")
     reuses = []
@@ -208,10 +211,13 @@ class _Comparison:
         self._others = others
         self._expected = [self._read(text, set()) for text in range(len(own.windows))]
 
-    def of(self, from_other: set[int]) -> tuple[LogProbabilities, LogProbabilities]:
-        """Mean divergence, and share of equal likeliest tokens, of each text, with these layers of the other."""
+    def of(self, from_other: set[int], texts: int | None = None) -> tuple[LogProbabilities, LogProbabilities]:
+        """Mean divergence, and share of equal likeliest tokens, of each text, with these layers of the other.
+
+        ``texts``: only the first ones.
+        """
         kl, top1 = [], []
-        for text, expected in enumerate(self._expected):
+        for text, expected in enumerate(self._expected[:texts]):
             found = self._read(text, from_other)
             kl.append(max(0.0, float((np.exp(expected) * (expected - found)).sum(1).mean())))
             top1.append(float((expected.argmax(1) == found.argmax(1)).mean()))

@@ -148,3 +148,20 @@ def test_the_same_logits_do_not_differ_and_others_do() -> None:
     assert nats > 0.5
     assert divergence > 0.3
     assert top1 < 0.3
+
+
+@pytest.mark.slow
+def test_variants_are_certified_reused_and_compared(tiny_model: Path, tmp_path: Path) -> None:
+    options = Options(tiny_model, tmp_path / "bases", device="cpu", threads=1, parts=["variants"], quick=True)
+    figures = run(options)
+    assert not figures["failed_parts"]
+    # It is not built for ONNX Runtime here, and is near enough to its own adapters.
+    assert figures["variant_torch_to_int8"] == figures["variant_int8_to_torch"] == "not measured"
+    for pair in ("torch_to_lora_a", "lora_a_to_lora_b"):
+        for key in ("computed_layers", "speedup", "kl", "top1"):
+            assert figures[f"variant_{pair}_{key}"] is not None
+    assert 0 < float(figures["variant_kl"] or 0) < 0.1
+    assert figures["variant_speedup_pair"]
+    json.dumps(figures, allow_nan=False)
+    # The adapters are kept, and used again.
+    assert len(list((tmp_path / "bench-adapters").iterdir())) == 2
