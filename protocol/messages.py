@@ -570,8 +570,9 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
 
     conversation: str
     how: str
-    """``exact`` (the KV cache as it was: what comes next is what would have come) or ``recomputed`` (read again
-    from its tokens, because weights or numerics differ)."""
+    """``exact`` (the KV cache as it was: what comes next is what would have come), ``lossy`` (KV of a codec that is not
+    exact, or pruned), ``variant`` (KV that another variant of the model computed, under a certificate) or
+    ``recomputed`` (read again from its tokens)."""
     reason: str
     """Why it is so."""
     tokens: int

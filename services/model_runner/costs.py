@@ -228,7 +228,13 @@ def manifest_bytes(tokens: int, size_bytes: int) -> int:
 
 
 def predict(
-    tokens: int, kv_bytes: int, rungs: Iterable[RungOffer], here: Here, *, kv_refused: str = ""
+    tokens: int,
+    kv_bytes: int,
+    rungs: Iterable[RungOffer],
+    here: Here,
+    *,
+    kv_refused: str = "",
+    computed_share: float = 0.0,
 ) -> list[Option]:
     """Every way, with its time; the first is reading again.
 
@@ -236,9 +242,16 @@ def predict(
         tokens: of the conversation, the pending one included.
         kv_bytes: of its KV in memory.
         kv_refused: why no KV of the holder's can be used here (other weights, say); empty when it can.
+        computed_share: of the layers, that are computed again where KV is another variant's.
     """
     found = [_reading(tokens, here)]
     found += [_loading(tokens, kv_bytes, rung, here, kv_refused) for rung in rungs]
+    if computed_share:
+        for option in found[1:]:
+            # All of the prompt goes through them, what is in memory here of another conversation too.
+            option.phases_s["prefill"] = again_s = computed_share * here.prefill.seconds(0, tokens - 1)
+            option.likely_s += again_s
+            option.cautious_s += again_s
     return found
 
 

@@ -14,6 +14,7 @@ from protocol.messages import HandoffOption, HandoffPhases, ModelResume
 from protocol.sharing import Opened
 from services.model_runner import costs
 from services.model_runner.engine import Engine
+from services.model_runner.variants import Permit
 
 
 class Outrun(Exception):
@@ -43,6 +44,8 @@ class Handoff:
     kv_bytes: int
     """In memory."""
     rungs: list[costs.RungOffer]
+    variant: Permit | None = None
+    """By which its KV is used although another variant of the model computed it."""
     options: list[costs.Option] = field(default_factory=list)
     best: costs.Option = field(default_factory=lambda: costs.Option(costs.TOKENS, 0, {}, 0.0, 0.0))
     prefill_s: float = 0.0

@@ -37,6 +37,7 @@ from protocol.messages import (
 from protocol.provenance import add_statement
 from protocol.sharing import Opened, open_snapshot
 from services.model_runner import costs, snapshot
+from services.model_runner.codecs.ladder import Asked
 from services.model_runner.conversations import Conversation
 from services.model_runner.cost_book import CostBook
 from services.model_runner.engine import Engine
@@ -45,6 +46,8 @@ from services.model_runner.reading import Reading
 from services.model_runner.rounds import Loaded
 from services.model_runner.saving import extra_of
 from services.model_runner.taking import Taken, Taking
+from services.model_runner.variant_use import Variants
+from services.model_runner.variants import Permit
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class Resuming:
         book: what was measured of reading, links and codecs.
         stopping: asked now and then while chunks come; True ends that.
         mailbox: of this host, for chunks of its other nodes.
+        variants: knows what KV of another variant of the model may be used.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Resuming:
         book: CostBook,
         stopping: Callable[[], bool],
         mailbox: Mailbox | None = None,
+        variants: Variants | None = None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -82,6 +87,7 @@ class Resuming:
         self._worker = worker
         self._store = store
         self._book = book
+        self._variants = variants
         self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox)
         self._threads = ThreadPoolExecutor(2, "snapshot fetcher")
         self._ways = ThreadPoolExecutor(4, "ways of resuming")
@@ -117,7 +123,8 @@ class Resuming:
         name = ask.conversation or manifest.conversation
         # The engine may still be loading: wait for it on its own thread before anything is fetched.
         engine = self._worker.between_tokens(lambda loaded: self._examine(loaded, opened, name)).result()
-        reason = snapshot.why_not_exact(engine, manifest, lossy=ask.lossy)
+        variant, why_no_variant = self._permit(engine, opened, ask)
+        reason = snapshot.why_not_exact(engine, manifest, lossy=ask.lossy, variant=variant) + why_no_variant
         local = ask.holder == self._node
         missing_bytes = sum(ref.size_bytes for ref in manifest.chunks if local or not self._store.has(ref))
         found = manifest.certificate
@@ -141,6 +148,7 @@ class Resuming:
             reason,
             _kv_bytes(engine, opened),
             [rung],
+            variant,
         )
         handoff.phases.ask_ms = since_ms(started_s)
         return handoff
@@ -180,11 +188,23 @@ class Resuming:
             )
             for each in offer.rungs
         ]
-        reason = snapshot.other_numerics(engine, opened.manifest)
+        variant, why_no_variant = self._permit(engine, opened, ask)
+        reason = "" if variant else snapshot.other_numerics(engine, opened.manifest) + why_no_variant
         kv_bytes = _kv_bytes(engine, opened)
-        handoff = Handoff(ask, message, started_s, opened, identifier, signed, name, engine, reason, kv_bytes, rungs)
+        handoff = Handoff(
+            ask, message, started_s, opened, identifier, signed, name, engine, reason, kv_bytes, rungs, variant
+        )
         handoff.phases.ask_ms = since_ms(started_s)
         return handoff
+
+    def _permit(self, engine: Engine, opened: Opened, ask: ModelResume) -> tuple[Permit | None, str]:
+        """Whether KV of another variant may be used; else why not, to be said behind what the other one is."""
+        if not snapshot.other_numerics(engine, opened.manifest) or self._variants is None or ask.way == "tokens":
+            return None, ""
+        if not ask.lossy:
+            return None, ", and KV of another variant is not exact"
+        found = self._variants.permit(engine, opened.manifest, ask.holder, Asked(ask.most_kl, ask.least_top1))
+        return (None, f"; {found}") if isinstance(found, str) else (found, "")
 
     def _note_latency(self, holder: str, way_s: float, size_bytes: int) -> None:
         byte = self._book.link(holder).byte
@@ -226,7 +246,12 @@ class Resuming:
             local=local,
         )
         handoff.options = costs.predict(
-            handoff.tokens, handoff.kv_bytes, handoff.rungs, here, kv_refused=handoff.kv_refused
+            handoff.tokens,
+            handoff.kv_bytes,
+            handoff.rungs,
+            here,
+            kv_refused=handoff.kv_refused,
+            computed_share=handoff.variant.computed_layers / len(handoff.engine.spec.layers) if handoff.variant else 0,
         )
         wanted = costs.Wanted(ask.lossy, ask.most_kl, ask.least_top1)
         handoff.best = costs.choose(handoff.options, handoff.rungs, wanted, way=ask.way)

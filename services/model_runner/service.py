@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from edge.blobs import BlobSender, Held
@@ -125,8 +126,17 @@ class ModelRunner(Service):
         self.embeddings = Embeddings(self.config.model)
         self.saving = Saving(self.context, self.bus, self.worker, self.store)
         self.costs = CostBook(self.context.data_dir / "costs.msgpack")
+        self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
         self.resuming = Resuming(
-            self.context, self.bus, self.blob_bus, self.worker, self.store, self.costs, self.stopping, self.mailbox
+            self.context,
+            self.bus,
+            self.blob_bus,
+            self.worker,
+            self.store,
+            self.costs,
+            self.stopping,
+            self.mailbox,
+            self.variants,
         )
         self.pool = Pool(
             self.context,
@@ -140,7 +150,6 @@ class ModelRunner(Service):
             stopping=self.stopping,
         )
         self.stepping = Stepping(self.worker, self._report)
-        self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
     def started(self) -> None:
@@ -197,6 +206,7 @@ class ModelRunner(Service):
             "engine": numerics.engine,
             "engine_reason": self._chosen.reason if self._chosen else "",
             **({"precision": self._chosen.precision} if self._chosen and self._chosen.precision else {}),
+            **({"adapter": Path(self.config.model.adapter).name} if self.config.model.adapter else {}),
             "device": numerics.device,
             "device_reason": loaded.device_reason,
             "dtype": spec.dtype,

@@ -141,10 +141,11 @@ class Taking:
         cache, layers = self._worker.between_tokens(lambda loaded: self._open(loaded, handoff, opened)).result()
         landing: Landing | None = None
         try:
-            intake = snapshot.intake(handoff.engine, manifest, private, key, layers=layers)
+            variant = handoff.variant
+            intake = snapshot.intake(handoff.engine, manifest, private, key, variant=variant, layers=layers)
             landing = Landing(self._store, manifest, intake, self._threads)
             self._fetch(handoff, identifier, landing, opened)
-            read = snapshot.read_taken(handoff.engine, manifest, private, intake, cache=cache)
+            read = snapshot.read_taken(handoff.engine, manifest, private, intake, variant, cache)
         except BaseException:
             if landing is not None:
                 landing.abandon()
@@ -159,10 +160,12 @@ class Taking:
         refused = snapshot.refusal(engine, manifest, opened.private)
         if refused is not None:
             raise refused
-        if reason := snapshot.why_not_exact(engine, manifest, lossy=handoff.ask.lossy):
+        if reason := snapshot.why_not_exact(engine, manifest, lossy=handoff.ask.lossy, variant=handoff.variant):
             raise Unusable(reason)
         if manifest.kept:
             return None, None  # its rows are not its positions
+        if handoff.variant is not None:
+            return None, None  # converted, and in part computed, once it is whole
         capacity = snapshot.capacity_of(engine, manifest, opened.private)
         return engine.open_cache(manifest.cached_tokens, capacity) or (None, None)
 
