@@ -252,6 +252,46 @@ class ModelConfig(msgspec.Struct, forbid_unknown_fields=True):
     ] = True
 
 
+class SnapshotConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """Snapshots: how they are encoded where an ask does not say, and checkpoints of key moments."""
+
+    codec: Annotated[
+        str,
+        Meta(
+            pattern="^(auto|raw|lossless|int8|rotated4|transform|tokens)$",
+            description="`raw`, `lossless`, `int8`, `rotated4`, `transform` (needs a basis), `tokens` (no KV), or "
+            "`auto`: the smallest whose self-test meets `most_kl` and `least_top1`.",
+        ),
+    ] = "raw"
+    most_kl: Annotated[
+        float, Meta(ge=0, description="Mean divergence that an inexact snapshot may have, nats a token.")
+    ] = 0.02
+    least_top1: Annotated[
+        float,
+        Meta(ge=0, le=1, description="Share of tested positions whose likeliest token must be the same after it."),
+    ] = 0.94
+    resume_lossy: Annotated[
+        bool,
+        Meta(
+            description="Resume KV that is not exact even where the ask does not allow it, if its certificate meets "
+            "`most_kl` and `least_top1`; else its tokens are read again."
+        ),
+    ] = False
+    moments: Annotated[
+        bool,
+        Meta(description="Take a checkpoint by itself where the model was surprised, or a run is said to be salient."),
+    ] = False
+    moments_distance_tokens: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Tokens between two such checkpoints of a conversation, at least.")
+    ] = 64
+    moments_count: Annotated[
+        int, Meta(ge=1, le=1000, description="Such checkpoints of one conversation; those worth least go first.")
+    ] = 32
+    moments_mib: Annotated[
+        int, Meta(ge=1, description="Room on the disk for all such checkpoints, in MiB; those worth least go first.")
+    ] = 512
+
+
 class HomeAssistantConfig(msgspec.Struct, forbid_unknown_fields=True):
     """Home Assistant, where it listens on this node's broker."""
 
@@ -399,6 +439,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True):
     supervisor: SupervisorConfig = msgspec.field(default_factory=SupervisorConfig)
     bus: BusConfig = msgspec.field(default_factory=BusConfig)
     model: ModelConfig = msgspec.field(default_factory=ModelConfig)
+    snapshot: SnapshotConfig = msgspec.field(default_factory=SnapshotConfig)
     home_assistant: HomeAssistantConfig = msgspec.field(default_factory=HomeAssistantConfig)
     metrics: MetricsConfig = msgspec.field(default_factory=MetricsConfig)
     gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)

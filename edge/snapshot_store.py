@@ -7,7 +7,8 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,8 @@ from protocol.manifest import SignedManifest, SnapshotManifest, snapshot_id, ver
 log = logging.getLogger(__name__)
 
 SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
+ORPHAN_S = 86_400.0
+"""A chunk that no snapshot has is left alone for so long: it may be of a transfer that will go on."""
 _DAMAGED: tuple[type[Exception], ...] = (BlobError, *UNREADABLE)
 
 
@@ -77,6 +80,52 @@ class SnapshotStore:
         """While chunks are put whose manifest is still to come, so that ``remove`` takes none of them away."""
         with self._locked(fcntl.LOCK_SH):
             yield
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[Callable[[ChunkRef, bytearray], None]]:
+        """As ``writing``, for a snapshot that is made here: chunks are put by what is given. When it comes to nothing
+        (the disk is full), those that were new are removed again."""
+        new: list[ChunkRef] = []
+
+        def put(ref: ChunkRef, data: bytearray) -> None:
+            if not self.has(ref):
+                new.append(ref)
+            self.put_chunk(ref, data)
+
+        with self.writing():
+            try:
+                yield put
+            except BaseException:
+                for ref in new:
+                    self.drop_chunk(ref)
+                raise
+
+    def sweep(self, older_than_s: float = ORPHAN_S) -> int:
+        """Remove what a process that was killed has left: chunks of no snapshot, and files half written.
+
+        What is younger stays: a transfer that was cut goes on with the chunks that have come. Returns the bytes that
+        came free; 0 also while snapshots are being written. Raises StorageError.
+        """
+        try:
+            with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return self._sweep(time.time() - older_than_s)
+        except BlockingIOError:
+            return 0
+
+    def _sweep(self, before_s: float) -> int:
+        known = set().union(*(self._chunk_sizes(identifier) for identifier in self.identifiers()))
+        freed_bytes = 0
+        with storage_errors(f"sweeping {self._folder}"):
+            for path in (*self._chunks.iterdir(), *self._manifests.iterdir()):
+                half = path.name.startswith(".")
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    if (half or (path.parent == self._chunks and path.name not in known)) and (
+                        status.st_mtime <= before_s
+                    ):
+                        path.unlink()
+                        freed_bytes += status.st_size
+        return freed_bytes
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:

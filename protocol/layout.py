@@ -59,13 +59,16 @@ class CodecRef(msgspec.Struct, frozen=True):
     """How blocks are encoded."""
 
     name: str
-    """``raw``: each layer's keys, then its values, as they lie in memory, little-endian."""
+    """``raw``: each layer's keys, then its values, as they lie in memory, little-endian. ``tokens``: there are no
+    parts."""
     version: int
     params: dict[str, Any]
     """Of the codec, plain msgpack types."""
 
 
 RAW = CodecRef("raw", 1, {})
+TOKENS = CodecRef("tokens", 1, {})
+"""Of a snapshot that holds no KV: it is resumed by reading its token ids."""
 
 
 class Part(msgspec.Struct):
@@ -125,6 +128,7 @@ class Laid(Protocol):
 
     kv_dtype: str
     layers: list[LayerLayout]
+    codec: CodecRef
     states: list[list[StateLayout]]
     cached_tokens: int
     blocks: list[Block]
@@ -237,7 +241,9 @@ def held_in_block(layer: LayerLayout, index: int, block: Block) -> int:
 
 
 def plain_bytes(manifest: Laid, place: PartPlace) -> int:
-    """What a part takes before it is encoded, by the manifest's layouts."""
+    """What a part takes before it is encoded, by the manifest's layouts; 0 where it holds token ids alone."""
+    if manifest.codec.name == TOKENS.name:
+        return 0
     if place.kind == "recurrent":
         return sum(math.prod(array.shape) * DTYPE_BYTES[array.dtype] for arrays in manifest.states for array in arrays)
     size = 0

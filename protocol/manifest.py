@@ -46,6 +46,8 @@ MAX_MANIFEST_BYTES = 960 * 1024
 """A manifest crosses the bus in one message, below the 1 MiB limit of every broker that Mindstream configures."""
 MAX_BESIDE_BYTES = 56 * 1024
 """So many bytes of wraps and provenance cross the bus beside it."""
+MAX_LABEL = 200
+"""Characters of a label."""
 DOMAIN_PREFIX = b"mindstream/v1/prefix\0"
 DOMAIN_PRUNED = b"mindstream/v1/pruned\0"
 
@@ -81,7 +83,7 @@ class ModelDigests(msgspec.Struct, frozen=True):
     """Of the adapters that are on the weights, in the order in which they were put there."""
 
 
-class Certificate(msgspec.Struct, frozen=True):
+class Certificate(msgspec.Struct, frozen=True, omit_defaults=True):
     """How faithful a snapshot is that is not exact: its decoded KV against the KV that it was made from."""
 
     tested_tokens: int
@@ -92,6 +94,17 @@ class Certificate(msgspec.Struct, frozen=True):
     """Share of these positions whose likeliest token is the same."""
     measured: list[str]
     """Which of these figures were measured on this snapshot; any other is the codec's usual one."""
+    usual_on: str = ""
+    """On what the codec's usual figures were measured, where one of them is said; else empty."""
+    against: str = ""
+    """Name of the codec of the KV that it was compared with, where that was itself not exact: then the two errors add
+    up. Empty: the KV that the model computed."""
+    encode_ms: float = 0.0
+    """What encoding took, every rung that was tried included."""
+    decode_ms: float = 0.0
+    """What decoding took, for the test."""
+    test_ms: float = 0.0
+    """What reading the tested tokens again took, after either KV."""
 
 
 class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
@@ -136,6 +149,11 @@ class SnapshotManifest(msgspec.Struct, omit_defaults=True, dict=True):
     """Who may wrap the data key for further readers: any holder for nodes that it trusts, or the creator alone."""
     certificate: Certificate | None = None
     """How faithful it is; nil where the codec is exact and nothing was pruned."""
+    label: str = ""
+    """Its name among the conversation's snapshots, where somebody gave it one. The newest of a label counts."""
+    automatic: bool = False
+    """Whether nobody asked for it: a checkpoint of a moment at which something was decided. It may go when room is
+    wanted."""
 
     @cached_property
     def chunks(self) -> list[ChunkRef]:
@@ -268,6 +286,8 @@ def open_manifest(signed: SignedManifest, keyring: Keyring) -> SnapshotManifest:
     ):
         if len(value) != DIGEST_BYTES:
             raise malformed(field, f"{len(value)} bytes, a digest has {DIGEST_BYTES}")
+    if len(manifest.label) > MAX_LABEL:
+        raise malformed("label", f"{len(manifest.label):,} characters, limit {MAX_LABEL}")
     check_layout(manifest)
     check_parts(manifest)
     return manifest

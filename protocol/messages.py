@@ -30,6 +30,7 @@ from protocol.variants import SignedVariantCertificate, Variant
 _END = r"$(?!\n)"
 """The end of a text. Python's ``$`` alone also stands before a last line feed, JSON Schema's does not."""
 Name = Annotated[str, Meta(pattern=f"^{NAME_PATTERN.pattern}{_END}")]
+Share = Annotated[float, Meta(ge=0, le=1)]
 SnapshotId = Annotated[str, Meta(pattern=f"^[0-9a-f]{{64}}{_END}")]
 MaybeSnapshotId = Annotated[str, Meta(pattern=f"^([0-9a-f]{{64}})?{_END}")]
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -331,6 +332,9 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
     """A prompt longer than the context is refused, or its oldest part is left out (and that is said)."""
     keep: bool = True
     """False: the conversation is not kept on disk, and goes when its memory is wanted."""
+    salience: Share = 0.0
+    """How much depends on this answer. Where checkpoints of key moments are on, more of them are taken, and they are
+    kept for longer."""
     held_messages: Count = 0
     """The conversation must hold just so many messages already, or the ask is refused with ``conversation_unknown``:
     for one who knows the history, and sends it whole where it was forgotten. 0: whatever it holds."""
@@ -439,7 +443,6 @@ class ModelEmbedded(msgspec.Struct):
 
 Label = Annotated[str, Meta(max_length=200)]
 CodecName = Literal["auto", "raw", "lossless", "int8", "rotated4", "transform", "tokens"]
-Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class SnapshotWishes(msgspec.Struct, omit_defaults=True):
@@ -588,7 +591,10 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
     phases: HandoffPhases | None = None
     """What happened, as measured."""
     logits: str = ""
-    """The first step against the logits in the snapshot: ``equal``, ``close`` or ``other``; empty: not compared."""
+    """The first step against the logits in the snapshot: ``equal`` (bit for bit), ``close`` (the same likeliest token)
+    or ``other``; empty: not compared."""
+    logits_kl: float | None = None
+    """Divergence of the first step from those logits, nats, where they were compared."""
     fidelity: SnapshotFidelity | None = None
     """Of KV that is not exact."""
 
@@ -708,7 +714,7 @@ class SnapshotMoment(msgspec.Struct, omit_defaults=True):
     """In the conversation then."""
     label: str = ""
     why: str = ""
-    """``asked``, or what made it a key moment."""
+    """``asked``, or what made it a key moment: ``undecided``, ``unexpected``, ``salient``."""
     surprise: float | None = None
     """0..1, a percentile of this conversation's own."""
     salience: float | None = None
@@ -717,8 +723,17 @@ class SnapshotMoment(msgspec.Struct, omit_defaults=True):
     own_bytes: int = 0
     """Of it that no other snapshot here shares."""
     text: str = ""
-    """What was being said, at most 200 characters."""
+    """What was being said, at most 200 characters; its last token is the one that decided something."""
     parent: str = ""
+    """Id of the snapshot that the conversation was saved as, or resumed from, before it."""
+    conversation: str = ""
+    """Of which it is, where that is another one, from which this one was branched."""
+    entropy: float | None = None
+    """Of the model's distribution at a key moment, nats."""
+    logprob: float | None = None
+    """Of the token that was chosen there, natural logarithm."""
+    alternatives: list[TokenChance] = []
+    """The likeliest tokens there: the last token has not been read, any of them may take its place."""
 
 
 class SnapshotTimelineAsk(msgspec.Struct):

@@ -9,7 +9,7 @@ moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -56,12 +56,17 @@ def encode_part(codec: Codec, spec: ModelSpec, part: RawPart, blocks: Sequence[B
     return memoryview(codec.encode(planes, layout, recent_in(layout, seen_tokens))).cast("B")
 
 
-def cut(spec: ModelSpec, layers: Sequence[LayerState], cached_tokens: int) -> list[RawPart]:
-    """Copies of all that ``layers`` hold, in the order of a manifest's parts; the layers may change from then on."""
+def cut(
+    spec: ModelSpec, layers: Sequence[LayerState], cached_tokens: int, without: Container[PartPlace] = ()
+) -> list[RawPart]:
+    """Copies of all that ``layers`` hold, in the order of a manifest's parts, but for those of ``without``; the layers
+    may change from then on."""
     found: list[tuple[PartPlace, list[Array]]] = []
     kept = bitmaps_of(positions_of(layers), cached_tokens)
     for number, block in enumerate(block_layouts(spec, cached_tokens, kept)):
         for kind in KINDS:
+            if PartPlace(kind, number) in without:
+                continue
             # The one copy: it frees the cache to go on, and makes planes contiguous whatever the engine's strides.
             planes = [array for plane in block_planes(layers, block.of_kind(spec, kind)) for array in plane]
             if any(array.size for array in planes):

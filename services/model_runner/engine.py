@@ -255,6 +255,17 @@ class Engine(ABC):
         """
         return [self.step(cache, token) for cache, token in steps]
 
+    def peek(self, cache: KVCache, token: int) -> Logits:
+        """What ``step`` would give, bit for bit; ``cache`` stays as it is, and the next step is the same again.
+
+        Raises as ``step``; here, where a copy of the cache is stepped, also as ``new_cache``.
+        """
+        forked = self.import_layers(self.export_layers(cache), min(cache.length + 1, self.spec.context_tokens))
+        try:
+            return self.step(forked, token)
+        finally:
+            forked.close()
+
     def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
         """Append ``tokens`` and return the logits after each of them, float32 of shape (tokens, vocab_size).
 

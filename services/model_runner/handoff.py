@@ -14,6 +14,7 @@ from protocol.messages import HandoffOption, HandoffPhases, ModelResume
 from protocol.sharing import Opened
 from services.model_runner import costs
 from services.model_runner.engine import Engine
+from services.model_runner.first_step import FirstStep
 from services.model_runner.variants import Permit
 
 
@@ -62,6 +63,8 @@ class Handoff:
     """That crossed the bus."""
     fetching_s: float = 0.0
     """When chunks began to come."""
+    first_step: FirstStep | None = None
+    """Against the logits in the snapshot, where there are any."""
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     """Keeps chunks in the store whose manifest is still to come."""
 

@@ -12,7 +12,7 @@ strides that the uninterrupted one has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,15 @@ def layer_tokens(spec: LayerSpec, tokens: int, capacity: int) -> int:
         return allocated_tokens(tokens, capacity)
     first = allocated_tokens(0, capacity)
     return first if tokens <= first else max(first, 2 * spec.window_tokens + PREFILL_CHUNK_TOKENS)
+
+
+class Mark(NamedTuple):
+    """Where a layer is."""
+
+    seen_tokens: int
+    states: list[torch.Tensor]
+    held: tuple[int, int] = (0, 0)
+    """First row and end of what it holds of its storage, where it has any."""
 
 
 class _Layer(CacheLayerMixin):
@@ -115,6 +124,15 @@ class _Layer(CacheLayerMixin):
         self._restore_states(states, seen_tokens)
         self.seen_tokens = seen_tokens
 
+    def mark(self) -> Mark:
+        """Where it is, for ``go_back``; room for what comes in between must have been reserved before."""
+        return Mark(self.seen_tokens, [state.clone() for state in self.states()])
+
+    def go_back(self, mark: Mark) -> None:
+        """Be as it was: what was appended since lies behind its end, and is written over."""
+        self.seen_tokens = mark.seen_tokens
+        self._restore_states(mark.states, mark.seen_tokens)
+
     def _restore_states(self, states: Sequence[torch.Tensor], seen_tokens: int) -> None:
         if self.recurrent is None:
             return
@@ -180,6 +198,13 @@ class FullLayer(_Layer):
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key_storage[0, :, : self._rows], self.value_storage[0, :, : self._rows]
 
+    def mark(self) -> Mark:
+        return super().mark()._replace(held=(0, self._rows))
+
+    def go_back(self, mark: Mark) -> None:
+        super().go_back(mark)
+        self._rows = mark.held[1]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # As if its rows were the last positions: they are all visible, and so are those that they stand for.
         return self._rows + query_length, self.seen_tokens - self._rows
@@ -231,6 +256,13 @@ class SlidingLayer(_Layer):
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.key_storage[0, :, self._start : self._end], self.value_storage[0, :, self._start : self._end]
+
+    def mark(self) -> Mark:
+        return super().mark()._replace(held=(self._start, self._end))
+
+    def go_back(self, mark: Mark) -> None:
+        super().go_back(mark)
+        self._start, self._end = mark.held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         held = self._end - self._start
@@ -407,6 +439,15 @@ class TorchKVCache(KVCache):
             )
         for layer in self.layers if layers is None else layers:
             layer.reserve(new_tokens)
+
+    def marks(self) -> list[Mark]:
+        """Where every layer is."""
+        return [layer.mark() for layer in self.layers]
+
+    def go_back(self, marks: Sequence[Mark]) -> None:
+        """Be as it was when ``marks`` were taken."""
+        for layer, mark in zip(self.layers, marks, strict=True):
+            layer.go_back(mark)
 
     def mark_broken(self) -> None:
         """Some layers hold a position that others do not: refuse any further use."""

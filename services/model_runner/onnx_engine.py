@@ -251,6 +251,17 @@ class OnnxEngine(Engine):
             self._advance(row, 1)
         return [self._logits[row.index - first, 0].astype(np.float32) for row in rows]
 
+    def peek(self, cache: KVCache, token: int) -> Logits:
+        own = self._own(cache)
+        self.check_tokens(own, (token,))
+        row = own.taken_row()
+        self._check_memory(1)
+        self._ids[0, 0] = token
+        # What the graph writes lies behind the row's length, and the next step writes it again.
+        self._compute(row.index, [row])
+        found: Logits = self._logits[0, 0].astype(np.float32)
+        return found
+
     def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
         own = self._own(cache)
         if self._last_logits_only and not self._has_indices:

@@ -33,19 +33,24 @@ from protocol.messages import (
     ModelResume,
     ModelResumed,
     SnapshotFidelity,
+    SnapshotTimeline,
+    SnapshotTimelineAsk,
 )
 from protocol.provenance import add_statement
 from protocol.sharing import Opened, open_snapshot
-from services.model_runner import costs, snapshot
+from services.model_runner import costs, first_step, snapshot
+from services.model_runner.codecs import basis_digest
 from services.model_runner.codecs.ladder import Asked
 from services.model_runner.conversations import Conversation
 from services.model_runner.cost_book import CostBook
 from services.model_runner.engine import Engine
+from services.model_runner.first_step import FirstStep
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.reading import Reading
 from services.model_runner.rounds import Loaded
-from services.model_runner.saving import extra_of
+from services.model_runner.saving import FindBasis, extra_of
 from services.model_runner.taking import Taken, Taking
+from services.model_runner.timeline import Timeline, not_labelled
 from services.model_runner.variant_use import Variants
 from services.model_runner.variants import Permit
 from services.model_runner.worker import Worker
@@ -67,6 +72,8 @@ class Resuming:
         stopping: asked now and then while chunks come; True ends that.
         mailbox: of this host, for chunks of its other nodes.
         variants: knows what KV of another variant of the model may be used.
+        timeline: of the snapshots here, for labels.
+        find_basis: for the rung ``transform``.
     """
 
     def __init__(
@@ -80,6 +87,9 @@ class Resuming:
         stopping: Callable[[], bool],
         mailbox: Mailbox | None = None,
         variants: Variants | None = None,
+        *,
+        timeline: Timeline,
+        find_basis: FindBasis = lambda _spec, _wanted: None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -88,7 +98,9 @@ class Resuming:
         self._store = store
         self._book = book
         self._variants = variants
-        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox)
+        self._timeline = timeline
+        self._find_basis = find_basis
+        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox, find_basis)
         self._threads = ThreadPoolExecutor(2, "snapshot fetcher")
         self._ways = ThreadPoolExecutor(4, "ways of resuming")
         self._keeper = ThreadPoolExecutor(1, "snapshot keeper")
@@ -105,13 +117,32 @@ class Resuming:
         return self._threads.submit(self._resume, message)
 
     def _resume(self, message: Received) -> ModelResumed:
-        ask: ModelResume = message.data
+        ask = self._completed(message)
         handoff = self._by_snapshot(ask, message) if ask.snapshot else self._by_conversation(ask, message)
         self._decide(handoff)
         with handoff.lock:
             if handoff.best.codec == costs.TOKENS:
                 return self._read_again(handoff, handoff.kv_refused or handoff.best.why_not)
             return self._load(handoff)
+
+    def _completed(self, message: Received) -> ModelResume:
+        """The ask with the snapshot that a label names, and what the configuration allows. Raises NotFound."""
+        ask: ModelResume = message.data
+        settings = self._context.config.snapshot
+        if settings.resume_lossy and not ask.lossy:
+            ask = msgspec.structs.replace(ask, lossy=True, most_kl=settings.most_kl, least_top1=settings.least_top1)
+        conversation, labelled, label = ask.source.partition("@")
+        if ask.snapshot or not labelled:
+            return ask
+        if ask.holder == self._node:
+            return msgspec.structs.replace(ask, snapshot=self._timeline.labelled(conversation, label))
+        there: SnapshotTimeline = self._taking.ask(
+            ask.holder, SnapshotTimelineAsk(conversation), message, f"looking for {ask.source!r}"
+        )
+        found = [moment.snapshot for moment in there.moments if (moment.label, moment.conversation) == (label, "")]
+        if not found:
+            raise not_labelled(conversation, label, ask.holder)
+        return msgspec.structs.replace(ask, snapshot=found[-1])
 
     # --- what there is --------------------------------------------------------------------------------------
 
@@ -124,7 +155,9 @@ class Resuming:
         # The engine may still be loading: wait for it on its own thread before anything is fetched.
         engine = self._worker.between_tokens(lambda loaded: self._examine(loaded, opened, name)).result()
         variant, why_no_variant = self._permit(engine, opened, ask)
-        reason = snapshot.why_not_exact(engine, manifest, lossy=ask.lossy, variant=variant) + why_no_variant
+        basis = self._find_basis(engine.spec, basis_digest(manifest.codec))
+        reason = snapshot.why_not_exact(engine, manifest, lossy=ask.lossy, basis=basis, variant=variant)
+        reason += why_no_variant
         local = ask.holder == self._node
         missing_bytes = sum(ref.size_bytes for ref in manifest.chunks if local or not self._store.has(ref))
         found = manifest.certificate
@@ -383,7 +416,26 @@ class Resuming:
         loaded.conversations.hold(conversation)
         if conversation.keep:
             loaded.conversations.save(conversation)
+        handoff.first_step = self._first_step(loaded.engine, resumed, handoff.name)
         return resumed
+
+    def _first_step(self, engine: Engine, resumed: snapshot.Unpacked, name: str) -> FirstStep | None:
+        """The next step against the snapshot's own logits; on the worker's thread. What is promised and not kept is
+        counted and said."""
+        try:
+            first = first_step.check(engine, resumed)
+        except ModelError as error:
+            log.info("the first step of %s was not compared: %s", name, error)
+            return None
+        if first is not None and resumed.how == "exact" and first.logits != "equal":
+            self._bus.counters.add("differs.first_step")
+            self._bus.events.report(
+                "first-step-differs",
+                "warning",
+                f"{name} was resumed bit for bit, and yet its next step is not that of the node that saved it: KL "
+                f"{first.kl:.2g} nats, {first.logits}",
+            )
+        return first
 
     def _answer(
         self, handoff: Handoff, found: snapshot.Unpacked, identifier: str, way: str, taken: Taken | None = None
@@ -403,6 +455,8 @@ class Resuming:
             way=way,
             options=handoff.said_options() if beside else [],
             phases=phases,
+            logits=handoff.first_step.logits if handoff.first_step else "",
+            logits_kl=handoff.first_step.kl if handoff.first_step else None,
             fidelity=None
             if certificate is None
             else SnapshotFidelity(

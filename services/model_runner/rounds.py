@@ -25,8 +25,8 @@ from services.model_runner.answers import Answer, Pooled, Run, given_before
 from services.model_runner.chat import ChatFormat
 from services.model_runner.constrained import Grammars
 from services.model_runner.conversations import Conversation, Conversations
-from services.model_runner.engine import Engine, chunk_ends
-from services.model_runner.generation import accept, context_full
+from services.model_runner.engine import Engine, Logits, chunk_ends
+from services.model_runner.generation import GeneratedToken, accept, context_full
 from services.model_runner.heat import rest_s
 from services.model_runner.parking import Fetched
 from services.model_runner.pool import Pool
@@ -64,6 +64,8 @@ class Loaded:
     """Called on the worker's thread with what was read of a prompt, and how long that took."""
     pool: Pool | None = None
     """Beginnings of prompts that the site has read; None: there is none."""
+    watch: Callable[[Loaded, Answer, GeneratedToken, Logits], None] = lambda _loaded, _answer, _token, _logits: None
+    """Called with each token, and the logits that it was chosen from, when it is the pending one; raises nothing."""
     grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
@@ -466,6 +468,7 @@ class Rounds:
             try:
                 generated = accept(self._engine, answer.state, row)
                 self.say_token(answer.run.identifier, answer.took(generated, len(ready), seconds))
+                self.loaded.watch(self.loaded, answer, generated, row)
             except Exception as error:  # noqa: BLE001 - it is this run's outcome, and its asker is told
                 self._fail(answer.work, error)
                 continue

@@ -58,6 +58,8 @@ from protocol.messages import (
     RunToken,
     SnapshotManifestAsk,
     SnapshotProgress,
+    SnapshotTimelineAsk,
+    SnapshotTranscode,
     VariantCertificateAsk,
 )
 from protocol.sharing import share
@@ -66,6 +68,7 @@ from services.model_runner import engines
 from services.model_runner.answers import Run
 from services.model_runner.bases import find_basis
 from services.model_runner.basis_sharing import BasisFetcher, BasisShelf
+from services.model_runner.checkpoints import Checkpoints
 from services.model_runner.codecs.basis import Basis
 from services.model_runner.conversations import CONVERSATIONS, Conversations, Evicted
 from services.model_runner.cost_book import CostBook
@@ -80,6 +83,8 @@ from services.model_runner.rounds import Loaded, Rounds
 from services.model_runner.saving import Saving
 from services.model_runner.saying import Sayer
 from services.model_runner.stepping import Stepping
+from services.model_runner.timeline import Timeline
+from services.model_runner.transcoding import Transcoding
 from services.model_runner.variant_use import Variants
 from services.model_runner.worker import Worker
 
@@ -124,7 +129,19 @@ class ModelRunner(Service):
         self.heat = HeatWatch(Thermometer(), self._heat_changed)
         self.worker = Worker(self._load, self._say_token, self._report, lambda: self.heat.throttled)
         self.embeddings = Embeddings(self.config.model)
-        self.saving = Saving(self.context, self.bus, self.worker, self.store)
+        self.timeline = Timeline(self.store, self.context.identity, self.context.peers)
+        self.saving = Saving(
+            self.context,
+            self.bus,
+            self.worker,
+            self.store,
+            find_basis=self.basis_of,
+            key_was_shared=self.timeline.key_was_shared,
+        )
+        self.checkpoints = Checkpoints(
+            self.config.snapshot, self.context.identity, self.saving, self.timeline, self.store, self._report
+        )
+        self.transcoding = Transcoding(self.context, self.worker, self.store, self.saving)
         self.costs = CostBook(self.context.data_dir / "costs.msgpack")
         self.variants = Variants(self.context, self.bus, self.worker, self.config.model)
         self.resuming = Resuming(
@@ -137,6 +154,8 @@ class ModelRunner(Service):
             self.stopping,
             self.mailbox,
             self.variants,
+            timeline=self.timeline,
+            find_basis=self.basis_of,
         )
         self.pool = Pool(
             self.context,
@@ -156,6 +175,7 @@ class ModelRunner(Service):
         self.blob_bus.start(timeout_s=None)
         self.worker.start()
         self.pool.start()
+        self.saving.start()
         if self.config.model.back_off_when_throttled:
             self.heat.start()
 
@@ -289,6 +309,7 @@ class ModelRunner(Service):
             kv_budget_bytes=budget.size_bytes,
             budget_reason=budget.reason,
             meter=self._meter(engine, chosen.device.value),
+            watch=self.checkpoints.watch,
             on_chunk=self.costs.read,
             pool=self.pool,
         )
@@ -407,6 +428,18 @@ class ModelRunner(Service):
     def save(self, message: Received) -> Deferred:
         """Save a conversation, between two tokens if it is being answered; answered when it is on disk."""
         return _deferred(self.saving.save(message.data))
+
+    @hears(SnapshotTranscode)
+    def transcode(self, message: Received) -> Deferred:
+        """Make another snapshot of one that is here; answered when it is on disk."""
+        return _deferred(self.transcoding.transcode(message.data))
+
+    @hears(SnapshotTimelineAsk)
+    def points(self, message: Received) -> Deferred:
+        """The points that a conversation can return to, on the thread that saves: it reads the disk."""
+        loaded = self.worker.loaded
+        decode = loaded.chat.decode if loaded is not None else None
+        return _deferred(self.saving.later(lambda: self.timeline.ask(message.data.conversation, decode)))
 
     @hears(ModelResume)
     def resume(self, message: Received) -> Deferred:

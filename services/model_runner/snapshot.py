@@ -9,7 +9,7 @@ The token ids are always in the manifest, so a node whose numerics differ reads 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,8 @@ from protocol.layout import (
     BLOCK_TOKENS,
     PART_SLACK_BYTES,
     RAW,
-    ChunkRef,
+    TOKENS,
+    CodecRef,
     LayerLayout,
     Part,
     PartPlace,
@@ -130,6 +131,37 @@ class Copied(NamedTuple):
     parent: bytes = b""
     kept: Sequence[bytes] = ()
     """``Block.kept`` of every block of a pruned state; empty when all positions are held."""
+    label: str = ""
+    automatic: bool = False
+    tokens_only: bool = False
+    """Its KV was not copied: the snapshot is of its token ids."""
+    sealed_before: Mapping[PartPlace, Part] = {}
+    """Parts that were not copied again."""
+
+
+class Sealed(NamedTuple):
+    """Parts that stand in an earlier snapshot of one cache. A cache is only ever appended to, so its whole blocks of
+    full layers are the same in every later one."""
+
+    cache: KVCache
+    key_id: bytes
+    codec: CodecRef
+    parts: Mapping[PartPlace, Part]
+
+    def of(self, cache: KVCache, key: DataKey, codec: CodecRef) -> Mapping[PartPlace, Part]:
+        """Those that a snapshot of ``cache`` may take over; none when it is another cache, key or codec."""
+        same = self.cache is cache and self.key_id == key.id and self.codec == codec
+        return self.parts if same else {}
+
+    @classmethod
+    def after(cls, cache: KVCache, manifest: SnapshotManifest) -> Sealed:
+        """What ``manifest`` has of ``cache``."""
+        whole = {
+            place: part
+            for place, part in manifest.parts()
+            if place.kind == "full" and manifest.blocks[place.block].tokens == BLOCK_TOKENS
+        }
+        return cls(cache, manifest.key_id, manifest.codec, whole)
 
 
 def copy(
@@ -142,18 +174,29 @@ def copy(
     extra: dict[str, Any] | None = None,
     logits: npt.NDArray[np.float32] | None = None,
     parent: bytes = b"",
+    label: str = "",
+    automatic: bool = False,
+    tokens_only: bool = False,
+    sealed_before: Mapping[PartPlace, Part] | None = None,
 ) -> Copied:
-    """Copy ``state``; the worker's part of ``pack``, which see."""
-    if not state.prefilled:
+    """Copy ``state``; the worker's part of ``pack``, which see.
+
+    Args:
+        parent, label, automatic: as in the manifest.
+        tokens_only: its KV is not wanted.
+        sealed_before: of ``Sealed.of``: these parts are not copied.
+    """
+    if not state.prefilled and not tokens_only:
         raise ModelError(
             f"saving {conversation}: {state.cache.length:,} of its {len(state.tokens) - 1:,} positions have been read",
             hint="let the prompt be read first: save after its first token, or cancel the run between two tokens",
             reason="prefill not finished",
         )
     cached = len(state.tokens) - 1
-    layers = engine.export_layers(state.cache)
-    parts = cut(engine.spec, layers, cached)
-    if logits is not None:
+    layers = [] if tokens_only else engine.export_layers(state.cache)
+    before = sealed_before or {}
+    parts = [] if tokens_only else cut(engine.spec, layers, cached, before)
+    if logits is not None and not tokens_only:
         plane = np.ascontiguousarray(logits, dtype="<f4").view(np.uint8)
         parts.append(RawPart(PartPlace("logits", -(-cached // BLOCK_TOKENS) - 1), plane))
     progress = _Progress(
@@ -176,7 +219,11 @@ def copy(
         parts,
         sum(part.raw.nbytes for part in parts),
         parent,
-        bitmaps_of(positions_of(layers), cached),
+        bitmaps_of(positions_of(layers), cached) if layers else (),
+        label,
+        automatic,
+        tokens_only,
+        before,
     )
 
 
@@ -200,15 +247,20 @@ def layers_of(copied: Copied) -> list[LayerState]:
 
 
 def seal(
-    copied: Copied, put: Put, codec: Codec | None = None, certificate: Certificate | None = None
+    copied: Copied,
+    put: Put,
+    codec: Codec | None = None,
+    certificate: Certificate | None = None,
+    encoded: Mapping[PartPlace, memoryview] | None = None,
 ) -> SnapshotManifest:
     """Encode and seal a copied state: every chunk is handed to ``put`` as it is made, and its part let go. Once only.
 
     ``codec`` is ``raw`` when none is given; ``certificate`` says how faithful one is that is not exact, or a state that
-    was pruned.
+    was pruned; ``encoded`` is what it made of the parts, where that has been done before. Parts ``sealed_before`` must
+    be of the same codec.
     """
     codec = codec or Raw()
-    ref = codec.ref
+    ref = TOKENS if copied.tokens_only else codec.ref
     spec, key = copied.spec, copied.key
     cached = len(copied.tokens) - 1
     tokens = np.asarray(copied.tokens, dtype="<u4").tobytes()
@@ -216,19 +268,12 @@ def seal(
     blocks = block_layouts(spec, cached, copied.kept)
     if copied.kept and certificate is None:
         certificate = Certificate(0, None, None, [])
-    parts: list[tuple[PartPlace, Part]] = []
-    total_bytes = 0
-
-    def count(ref: ChunkRef, sealed: bytearray) -> None:
-        nonlocal total_bytes
-        total_bytes += ref.size_bytes
-        put(ref, sealed)
-
+    parts: list[tuple[PartPlace, Part]] = list(copied.sealed_before.items())
     copied.parts.reverse()
     while copied.parts:
         part = copied.parts.pop()
-        data = encode_part(codec, spec, part, blocks)
-        parts.append((part.place, seal_part(key, part.place, data, addresses, ref, count)))
+        data = encode_part(codec, spec, part, blocks) if encoded is None else encoded[part.place]
+        parts.append((part.place, seal_part(key, part.place, data, addresses, ref, put)))
     whole = {place.kind: part for place, part in parts}
     private = PrivatePart(
         addresses=b"".join(addresses), sampler=copied.sampler, state=msgspec.to_builtins(copied.progress), tokens=tokens
@@ -251,9 +296,11 @@ def seal(
         logits=whole.get("logits"),
         key_id=key.id,
         sealed=seal_private(key, private),
-        total_bytes=total_bytes,
+        total_bytes=sum(chunk.size_bytes for _, part in parts for chunk in part.chunks()),
         parent=copied.parent,
         certificate=certificate,
+        label=copied.label,
+        automatic=copied.automatic,
     )
 
 
@@ -333,6 +380,8 @@ def why_not_exact(
     permitted = variant is not None and variant.variant == Variant.of(manifest.digests, manifest.fingerprint)
     if not permitted and (reason := other_numerics(engine, manifest)):
         return reason
+    if manifest.codec.name == TOKENS.name:
+        return "it holds token ids alone"
     try:
         exact = find_codec(manifest.codec, basis).exact
     except SnapshotRefused as error:
@@ -341,7 +390,9 @@ def why_not_exact(
         return "it was pruned, so it is not exact" if engine.explicit_positions else NO_POSITIONS
     if manifest.kept and variant is not None and variant.computed_layers:
         return f"it was pruned: the first {variant.computed_layers} layers cannot be computed beside fewer positions"
-    return "" if exact or lossy else f"codec {manifest.codec.name} is not exact"
+    if lossy or (exact and manifest.certificate is None):
+        return ""
+    return f"codec {manifest.codec.name} is not exact" if not exact else "it was made of KV that was not exact"
 
 
 class Read(NamedTuple):
@@ -421,7 +472,7 @@ def read_taken(
     check_layers(_spec_there(engine, manifest, variant), layers)
     # Another variant's logits are no check of the first step here.
     logits = taken.logits if variant is None else None
-    exact = taken.codec.exact and not manifest.kept
+    exact = taken.codec.exact and manifest.certificate is None and not manifest.kept
     return Read(*_read_state(engine, manifest, private), layers, logits, "", exact, variant, cache)
 
 

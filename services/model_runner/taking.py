@@ -24,11 +24,13 @@ from protocol.manifest import SignedManifest
 from protocol.messages import ModelSnapshot, SnapshotManifestAsk, SnapshotSaved, SnapshotWishes
 from protocol.sharing import Opened, open_snapshot
 from services.model_runner import snapshot
+from services.model_runner.codecs import basis_digest
 from services.model_runner.cost_book import CostBook
 from services.model_runner.engine import KVCache, LayerState
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.landing import Landing
 from services.model_runner.rounds import Loaded
+from services.model_runner.saving import FindBasis
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Taking:
         book: CostBook,
         stopping: Callable[[], bool],
         mailbox: Mailbox | None,
+        find_basis: FindBasis,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -80,6 +83,7 @@ class Taking:
         self._book = book
         self._stopping = stopping
         self._mailbox = mailbox
+        self._find_basis = find_basis
         self._decoders = max(1, min(4, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self._decoders, "chunk decoder")
 
@@ -142,7 +146,8 @@ class Taking:
         landing: Landing | None = None
         try:
             variant = handoff.variant
-            intake = snapshot.intake(handoff.engine, manifest, private, key, variant=variant, layers=layers)
+            basis = self._find_basis(handoff.engine.spec, basis_digest(manifest.codec))
+            intake = snapshot.intake(handoff.engine, manifest, private, key, basis, variant, layers)
             landing = Landing(self._store, manifest, intake, self._threads)
             self._fetch(handoff, identifier, landing, opened)
             read = snapshot.read_taken(handoff.engine, manifest, private, intake, variant, cache)
@@ -160,7 +165,8 @@ class Taking:
         refused = snapshot.refusal(engine, manifest, opened.private)
         if refused is not None:
             raise refused
-        if reason := snapshot.why_not_exact(engine, manifest, lossy=handoff.ask.lossy, variant=handoff.variant):
+        basis, lossy = self._find_basis(engine.spec, basis_digest(manifest.codec)), handoff.ask.lossy
+        if reason := snapshot.why_not_exact(engine, manifest, lossy=lossy, basis=basis, variant=handoff.variant):
             raise Unusable(reason)
         if manifest.kept:
             return None, None  # its rows are not its positions

@@ -262,6 +262,17 @@ class TransformersEngine(Engine):
             logits: Logits = row.float().cpu().numpy()
         return logits
 
+    def peek(self, cache: KVCache, token: int) -> Logits:
+        own = self._own(cache)
+        self.check_tokens(own, (token,))
+        with torch.inference_mode(), self._memory_errors("growing the KV cache", own.length + 1):
+            own.reserve(1)  # now: it moves what a sliding layer holds
+            marks = own.marks()
+        logits = self.step(own, token)
+        with torch.inference_mode():
+            own.go_back(marks)
+        return logits
+
     def read(self, cache: KVCache, tokens: Sequence[int]) -> Logits:
         own = self._own(cache)
         self.check_tokens(own, tokens)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from protocol.errors import Cancelled, MindstreamError, ModelUnavailable
@@ -36,6 +37,8 @@ class Worker:
     """
 
     RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
+    ROUNDS_A_PIECE = 4
+    """While somebody is being answered, a long job gets one piece in so many rounds."""
 
     def __init__(
         self,
@@ -52,6 +55,8 @@ class Worker:
         self._scheduler = Scheduler()
         self._runs: dict[Work, Run] = {}
         self._jobs: deque[tuple[Callable[[Loaded], Any], Future[Any]]] = deque()
+        self._long_jobs: deque[_LongJob] = deque()
+        self._rounds_since_piece = 0
         self._stopping = False
         self.loaded: Loaded | None = None
         self.rounds: Rounds | None = None
@@ -67,8 +72,9 @@ class Worker:
         """Stop after the current round; what has not ended is left to the journal."""
         with self._wake:
             self._stopping = True
-            waiting = [done for _, done in self._jobs]
+            waiting = [done for _, done in self._jobs] + [each.done for each in self._long_jobs]
             self._jobs.clear()
+            self._long_jobs.clear()
             self._wake.notify_all()
         for done in waiting:
             done.set_exception(_stopped())
@@ -133,6 +139,19 @@ class Worker:
             self._wake.notify_all()
         return done
 
+    def in_pieces(self, job: Callable[[Loaded], Generator[None, None, T]]) -> Future[T]:
+        """Do ``job`` on the worker thread in short pieces, each up to its next ``yield``: all at once while nobody is
+        being answered, else one piece every so many rounds, so that no answer waits for more than that. The state is
+        whole between pieces, and may have gone on. Raises as ``between_tokens``."""
+        done: Future[T] = Future()
+        with self._wake:
+            self._check_available()
+            if self._stopping:
+                raise _stopped()
+            self._long_jobs.append(_LongJob(job, done))
+            self._wake.notify_all()
+        return done
+
     def _check_available(self) -> None:
         if self.unavailable is not None:
             # Without its traceback, which would grow with each asker that it is raised for.
@@ -150,10 +169,13 @@ class Worker:
         while not self._stopping:
             with self._wake:
                 rest_s = rounds.rest()
-                while not (self._scheduler.busy or self._scheduler.changed or self._jobs or self._stopping):
+                while not (
+                    self._scheduler.busy or self._scheduler.changed or self._jobs or self._long_jobs or self._stopping
+                ):
                     self._wake.wait(rest_s)
                     rest_s = rounds.rest()
             self._do_jobs(loaded)
+            self._do_piece(loaded)
             rounds.end_cancelled()
             rounds.begin_waiting()
             if self._scheduler.busy and not self._stopping:
@@ -176,10 +198,12 @@ class Worker:
                 with self._wake:
                     self.unavailable = error
                     waiting = [run.done for run in self._runs.values()] + [done for _, done in self._jobs]
+                    waiting += [each.done for each in self._long_jobs]
                     for work in tuple(self._runs):
                         self._scheduler.remove(work)
                     self._runs.clear()
                     self._jobs.clear()
+                    self._long_jobs.clear()
                 for future in waiting:
                     future.set_exception(error.with_traceback(None))
                 with self._wake:
@@ -197,6 +221,36 @@ class Worker:
                 done.set_result(job(loaded))
             except Exception as error:  # noqa: BLE001 - it is the job's outcome, and the asker is told
                 done.set_exception(error)
+
+    def _do_piece(self, loaded: Loaded) -> None:
+        self._rounds_since_piece += 1
+        with self._wake:
+            if not self._long_jobs or (self._scheduler.busy and self._rounds_since_piece < self.ROUNDS_A_PIECE):
+                return
+            job = self._long_jobs.popleft()
+        self._rounds_since_piece = 0
+        try:
+            if job.pieces is None:
+                job.pieces = job.make(loaded)
+            next(job.pieces)
+        except StopIteration as end:
+            job.done.set_result(end.value)
+        except Exception as error:  # noqa: BLE001 - it is the job's outcome, and the asker is told
+            job.done.set_exception(error)
+        else:
+            with self._wake:
+                if not self._stopping:
+                    self._long_jobs.append(job)  # several take turns
+                    return
+            job.pieces.close()
+            job.done.set_exception(_stopped())
+
+
+@dataclass
+class _LongJob:
+    make: Callable[[Loaded], Generator[None, None, Any]]
+    done: Future[Any]
+    pieces: Generator[None, None, Any] | None = None
 
 
 def _stopped() -> Cancelled:

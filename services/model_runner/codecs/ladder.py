@@ -8,8 +8,9 @@ certificate. A certificate also has the rung's usual figures, which were measure
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,8 @@ from services.model_runner.engine import Engine, LayerSpec, LayerState, ModelSpe
 from services.model_runner.positions import Positions, bitmaps_of, positions_of
 
 TEST_TOKENS = 128
+ReadAfter = Callable[[Sequence[LayerState], Sequence[int]], Array]
+"""As ``read_after``, of some engine."""
 
 
 class Fidelity(msgspec.Struct, frozen=True):
@@ -181,6 +184,7 @@ class Test:
 
     __test__ = False  # for pytest
     _engine: Engine
+    _read_after: ReadAfter
     _tokens: list[int]
     _start: int
     _expected: Array
@@ -188,9 +192,14 @@ class Test:
 
     @classmethod
     def of(
-        cls, engine: Engine, tokens: Sequence[int], exact: Sequence[LayerState], test_tokens: int = TEST_TOKENS
+        cls,
+        engine: Engine,
+        tokens: Sequence[int],
+        exact: Sequence[LayerState],
+        test_tokens: int = TEST_TOKENS,
+        read: ReadAfter | None = None,
     ) -> Test | None:
-        """None when it cannot be made, as ``fidelity`` says."""
+        """None when it cannot be made, as ``fidelity`` says. ``read`` is the engine's, unless it is given."""
         seen = exact[0].seen_tokens
         count = min(test_tokens, seen // 2)
         if count < 1 or any(layer.kind == "recurrent" for layer in exact) or len(tokens) < seen:
@@ -198,6 +207,7 @@ class Test:
         started_s = time.perf_counter()
         found = cls()
         found._engine = engine
+        found._read_after = read or functools.partial(read_after, engine)
         found._start = seen - count
         found._tokens = [int(token) for token in tokens[found._start : seen]]
         found._expected = _log_probabilities(found._read(exact))
@@ -216,13 +226,19 @@ class Test:
 
     def _read(self, layers: Sequence[LayerState]) -> Array:
         """Logits (tokens, vocabulary) of the last tokens, read after ``layers`` as they were before them."""
-        engine = self._engine
-        before = [_earlier(state, own, self._start) for state, own in zip(layers, engine.spec.layers, strict=True)]
-        cache = engine.import_layers(before, self._start + len(self._tokens))
-        try:
-            return engine.read(cache, self._tokens)
-        finally:
-            cache.close()
+        before = [
+            _earlier(state, own, self._start) for state, own in zip(layers, self._engine.spec.layers, strict=True)
+        ]
+        return self._read_after(before, self._tokens)
+
+
+def read_after(engine: Engine, layers: Sequence[LayerState], tokens: Sequence[int]) -> Array:
+    """Logits (tokens, vocabulary) after each of ``tokens``, read into a cache that holds ``layers``."""
+    cache = engine.import_layers(layers, layers[0].seen_tokens + len(tokens))
+    try:
+        return engine.read(cache, tokens)
+    finally:
+        cache.close()
 
 
 def choose(

@@ -191,6 +191,8 @@ def test_a_resumed_state_gives_the_same_tokens_and_logits(name: str, prompt_toke
     assert (resumed.how, resumed.reason) == ("exact", "")
     fork = engine.fork(state.cache, state.cache.length, 512)
     assert fork is not None
+    peeked = engine.peek(state.cache, TOKENS[0])  # and the cache stays as it is
+    np.testing.assert_array_equal(engine.peek(resumed.state.cache, TOKENS[0]), peeked)
     for token in TOKENS[:20]:
         np.testing.assert_array_equal(engine.step(fork, token), engine.step(resumed.state.cache, token))
     again = snapshot.unpack(engine, packed.manifest, KEY, [bytes(chunk) for chunk in packed.chunks]).state
