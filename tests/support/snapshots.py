@@ -61,13 +61,18 @@ def small_manifest(**changes: Any) -> SnapshotManifest:
     return msgspec.structs.replace(small_snapshot().manifest, **changes)
 
 
-def small_snapshot(identity: Identity = TOMATO, key: DataKey = KEY, tokens: int = CACHED_TOKENS) -> Small:
-    """Made by ``identity``; its key is wrapped for tomato and sprout."""
+def small_snapshot(
+    identity: Identity = TOMATO, key: DataKey = KEY, tokens: int = CACHED_TOKENS, *, pruned: bool = False
+) -> Small:
+    """Made by ``identity``; its key is wrapped for tomato and sprout. Pruned, every second position of the first block
+    is left."""
     ids = b"".join((7 * position % 251).to_bytes(4, "little") for position in range(tokens + 1))
-    addresses = prefix_addresses(MODEL, ids, tokens)
+    kept = [bytes([0x55] * 32) if pruned and not start else b"" for start in range(0, tokens, 256)]
+    addresses = prefix_addresses(MODEL, ids, tokens, kept if pruned else ())
+    left = tokens - 128 * pruned
     layers = [
         msgspec.structs.replace(
-            layer, seen_tokens=tokens, tokens=tokens if layer.kind == "full" else min(tokens, layer.window_tokens - 1)
+            layer, seen_tokens=tokens, tokens=left if layer.kind == "full" else min(tokens, layer.window_tokens - 1)
         )
         for layer in LAYERS
     ]
@@ -85,7 +90,7 @@ def small_snapshot(identity: Identity = TOMATO, key: DataKey = KEY, tokens: int 
         layers=layers,
         codec=RAW,
         cached_tokens=tokens,
-        blocks=[Block(min(256, tokens - start)) for start in range(0, tokens, 256)],
+        blocks=[Block(min(256, tokens - start), kept[start // 256]) for start in range(0, tokens, 256)],
         key_id=key.id,
         sealed=seal_private(key, PrivatePart(b"".join(addresses), {"seed": 1}, {"messages": []}, ids)),
         total_bytes=0,
