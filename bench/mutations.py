@@ -63,6 +63,11 @@ class Reader:
                 number += 1
         return manifest
 
+    def tokens(self, sent: Sent) -> bytes:
+        """Its token ids, which need no chunk. Raises what refuses them."""
+        signed = msgspec.msgpack.decode(sent.wire, type=SignedManifest)
+        return open_snapshot(signed, sent.identifier, self.identity, self.keyring).private.tokens
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -71,6 +76,8 @@ class Outcome:
     refused: bool
     peak_bytes: int
     """Allocated at one time while it was read."""
+    tokens: bytes | None = None
+    """The token ids that it can be read again from, where it was only its KV that was refused."""
 
 
 class Mutator:
@@ -107,7 +114,11 @@ class Mutator:
     def outcome(self, seed: int) -> Outcome:
         """Of mutation ``seed``: the same always. ``tracemalloc`` must be running."""
         mutated = self.mutation(seed)
-        return measured(lambda: self._reader.take(mutated))
+        found = measured(lambda: self._reader.take(mutated))
+        try:
+            return replace(found, tokens=self._reader.tokens(mutated))
+        except _REFUSALS:
+            return found
 
     def mutation(self, seed: int) -> Sent:
         """Another one than the genuine."""

@@ -71,9 +71,12 @@ class Bench:
         """The model's, as it was calibrated before, or made now, which takes minutes."""
         from bench.snapshot.codecs import basis_of
 
-        # A quick one is poor: it must not be taken for the model's in a later run.
-        keep = self.options.bases / f"{self.engine.spec.name}{'-quick' if self.quick else ''}.basis"
-        return basis_of(self.engine, self.chat, keep, self.progress, self.quick)
+        return basis_of(self.engine, self.chat, self.basis_file, self.progress, self.quick)
+
+    @property
+    def basis_file(self) -> Path:
+        """Where it is kept. A quick one is poor: it must not be taken for the model's in a later run."""
+        return self.options.bases / f"{self.engine.spec.name}{'-quick' if self.quick else ''}.basis"
 
 
 def read_state(engine: Engine, tokens: list[int]) -> GenerationState:

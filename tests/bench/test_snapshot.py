@@ -65,7 +65,9 @@ def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: P
     figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["sealed", "mutations"], quick=True))
     for key in ("encode_restore_s_per_gb", "store_save_s_per_gb", "store_load_s_per_gb", "int8_sealed_encode_s_per_gb"):
         assert float(figures[key] or 0) > 0
-    assert figures["mutations"] == figures["mutations_refused"] == 100
+    assert int(figures["mutations"] or 0) >= 300
+    assert figures["mutations"] == figures["mutations_refused"]
+    assert 0 < int(figures["mutations_with_tokens"] or 0) < int(figures["mutations"] or 0)
     json.dumps(figures, allow_nan=False)
 
 
