@@ -9,10 +9,12 @@ fetched once, stands by itself (``basis_mb``).
 from __future__ import annotations
 
 import gzip
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,17 +110,18 @@ def measure(
     prefix_tokens: int = PREFIX_TOKENS,
     continuation_tokens: int = CONTINUATION_TOKENS,
     most_texts: int = 99,
+    source: Callable[[], dict[str, str]] = measured_texts,
 ) -> Figures:
     """The table, as figures; ``{rung}_…`` each."""
-    texts = _texts(engine, chat, prefix_tokens, continuation_tokens, most_texts, progress)
+    texts = _texts(engine, chat, source(), prefix_tokens, continuation_tokens, most_texts, progress)
     rungs: dict[str, Codec] = {name: rung() for name, rung in RUNGS.items()}
     for level in (NEAR, SMALL):
         if basis is not None and level in basis.levels:
             rungs[f"transform_{level}"] = Transform(basis, level)
     rows = {}
-    with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as scratch, _workers() as workers:
         for name, rung in rungs.items():
-            rows[name] = _measure(engine, rung, texts, Path(scratch) / "blocks")
+            rows[name] = _measure(engine, rung, texts, Path(scratch) / "blocks", workers)
             progress(f"{name}: {_line(rows[name])}")
         formats = _formats(texts, Path(scratch))
     figures: Figures = {"codec_texts": ", ".join(text.kind for text in texts), "codec_texts_count": len(texts)}
@@ -144,18 +147,28 @@ def long_figures(
     if basis is not None:
         rungs["transform_near"] = Transform(basis, NEAR)
     for name, rung in rungs.items():
-        blocks = encode_blocks(rung, engine.spec, layers)
-        took = [_timed(lambda: decode_blocks(rung, engine.spec, blocks, len(corpus))) for _ in range(_SPEED_ROUNDS)]  # noqa: B023 - called at once
+        with _workers() as workers:
+            blocks = encode_blocks(rung, engine.spec, layers, workers)
+            took = [
+                _timed(lambda: decode_blocks(rung, engine.spec, blocks, len(corpus), workers=workers))  # noqa: B023 - called at once
+                for _ in range(_SPEED_ROUNDS)
+            ]
         figures[f"{name}_decode_4k_s"] = round(statistics.median(took), 3)
         progress(f"{name}: decoding {len(corpus):,} tokens {figures[f'{name}_decode_4k_s']} s")
     return figures
 
 
 def _texts(
-    engine: Engine, chat: ChatFormat, prefix_tokens: int, continuation_tokens: int, most: int, progress: Progress
+    engine: Engine,
+    chat: ChatFormat,
+    source: dict[str, str],
+    prefix_tokens: int,
+    continuation_tokens: int,
+    most: int,
+    progress: Progress,
 ) -> list[_Text]:
     found = []
-    for kind, text in measured_texts().items():
+    for kind, text in source.items():
         tokens = chat.encode(text, special=False)[: prefix_tokens + continuation_tokens]
         if len(tokens) < prefix_tokens + continuation_tokens:
             progress(f"{kind} is left out: {len(tokens):,} tokens")
@@ -172,12 +185,17 @@ def _texts(
     return found
 
 
-def _measure(engine: Engine, rung: Codec, texts: Sequence[_Text], folder: Path) -> _Row:
+def _workers() -> ThreadPoolExecutor:
+    """A block each, as many at a time as there are cores."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "codec")
+
+
+def _measure(engine: Engine, rung: Codec, texts: Sequence[_Text], folder: Path, workers: Executor) -> _Row:
     row = _Row()
     for text in texts:
         seen = text.layers[0].seen_tokens
         started_s = time.perf_counter()
-        blocks = encode_blocks(rung, engine.spec, text.layers)
+        blocks = encode_blocks(rung, engine.spec, text.layers, workers)
         row.encode_s.append(time.perf_counter() - started_s)
         folder.mkdir(exist_ok=True)
         for number, block in enumerate(blocks):
@@ -187,7 +205,7 @@ def _measure(engine: Engine, rung: Codec, texts: Sequence[_Text], folder: Path) 
         started_s = time.perf_counter()
         read = [(folder / str(number)).read_bytes() for number in range(len(blocks))]
         states = [layer.states for layer in text.layers]
-        decoded = decode_blocks(rung, engine.spec, read, seen, states)
+        decoded = decode_blocks(rung, engine.spec, read, seen, states, workers=workers)
         row.restore_s.append(time.perf_counter() - started_s)
         same = all(
             one.tobytes() == other.tobytes()
