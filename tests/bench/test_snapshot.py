@@ -11,9 +11,13 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
 
 from bench.snapshot import PARTS, Options, codecs, run, sealed, wanted_rows
-from bench.snapshot.texts import measured_texts
+from bench.snapshot.texts import development_texts, measured_texts
 from bench.snapshot.wanted import WANTED
+from edge.config import ModelConfig
 from protocol.errors import ConfigError
+from protocol.identity import Identity, Keyring, digest
+from services.model_runner.bases import here
+from services.model_runner.calibration import make
 from services.model_runner.codecs.texts import calibration_texts
 from services.model_runner.pruning import PRUNERS
 
@@ -59,6 +63,23 @@ def test_every_pruner_is_measured_alone_with_rungs_and_fitted_into_a_budget(tiny
     assert float(figures["budget_4x+heavy_ratio"] or 0) >= 4
     assert figures["budget_4x+heavy_took"]
     json.dumps(figures, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_calibration_makes_signs_and_keeps_a_basis(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CACHE_DIRECTORY", raising=False)
+    tomato = Identity("tomato", bytes(range(32)))
+    said: list[str] = []
+    made = make(ModelConfig(name=str(tiny_model), device="cpu", threads=1), tomato, say=said.append)
+    assert any("window 2 of" in line for line in said)
+    assert [level.name for level in made.levels] == ["near", "small"]
+    (found,) = here(tmp_path / "mindstream" / "models" / "bases", Keyring({"tomato": tomato.fingerprint}))
+    assert found.path == made.path
+    assert digest(found.read()).hex() == made.basis
+    assert found.manifest.creator == "tomato"
 
 
 def test_sealed_snapshots_are_measured_and_their_mutations_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -132,13 +153,24 @@ def test_wanted_figures_are_held_against_their_bounds() -> None:
     ]
 
 
-def test_no_text_is_both_measured_and_calibrated_on() -> None:
-    measured = measured_texts()
-    assert len(measured) >= 6
-    lines = {line.strip() for text in calibration_texts() for line in text.splitlines() if len(line.strip()) > 50}
-    for kind, text in measured.items():
-        own = {line.strip() for line in text.splitlines() if len(line.strip()) > 50}
-        assert len(own & lines) <= 0.02 * len(own), kind
+def test_no_text_is_of_two_uses() -> None:
+    uses = {
+        "calibration": dict(enumerate(calibration_texts())),
+        "development": development_texts(),
+        "measured": measured_texts(),
+    }
+    assert len(uses["measured"]) >= 6
+    assert len(uses["development"]) >= 6
+    lines = {
+        use: {
+            kind: {line.strip() for line in text.splitlines() if len(line.strip()) > 50} for kind, text in texts.items()
+        }
+        for use, texts in uses.items()
+    }
+    for one, other in (("measured", "calibration"), ("measured", "development"), ("development", "calibration")):
+        theirs = set().union(*lines[other].values())
+        for kind, own in lines[one].items():
+            assert len(own & theirs) <= 0.02 * len(own), (one, kind, other)
 
 
 def test_the_same_logits_do_not_differ_and_others_do() -> None:
