@@ -43,7 +43,7 @@ from services.model_runner.codecs import basis_digest
 from services.model_runner.codecs.ladder import Asked
 from services.model_runner.conversations import Conversation
 from services.model_runner.cost_book import CostBook
-from services.model_runner.engine import Engine
+from services.model_runner.engine import Engine, ModelSpec
 from services.model_runner.first_step import FirstStep
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.reading import Reading
@@ -74,6 +74,7 @@ class Resuming:
         variants: knows what KV of another variant of the model may be used.
         timeline: of the snapshots here, for labels.
         find_basis: for the rung ``transform``.
+        want_basis: told of one that a snapshot of some holder needs and that is not here.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Resuming:
         *,
         timeline: Timeline,
         find_basis: FindBasis = lambda _spec, _wanted: None,
+        want_basis: Callable[[ModelSpec, str, bytes], None] = lambda _spec, _holder, _wanted: None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -100,6 +102,7 @@ class Resuming:
         self._variants = variants
         self._timeline = timeline
         self._find_basis = find_basis
+        self._want_basis = want_basis
         self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox, find_basis)
         self._threads = ThreadPoolExecutor(2, "snapshot fetcher")
         self._ways = ThreadPoolExecutor(4, "ways of resuming")
@@ -155,7 +158,10 @@ class Resuming:
         # The engine may still be loading: wait for it on its own thread before anything is fetched.
         engine = self._worker.between_tokens(lambda loaded: self._examine(loaded, opened, name)).result()
         variant, why_no_variant = self._permit(engine, opened, ask)
-        basis = self._find_basis(engine.spec, basis_digest(manifest.codec))
+        needed = basis_digest(manifest.codec)
+        basis = self._find_basis(engine.spec, needed)
+        if needed and basis is None and ask.holder != self._node:
+            self._want_basis(engine.spec, ask.holder, needed)  # for the next one: this one's tokens are read
         reason = snapshot.why_not_exact(engine, manifest, lossy=ask.lossy, basis=basis, variant=variant)
         reason += why_no_variant
         local = ask.holder == self._node

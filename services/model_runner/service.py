@@ -156,6 +156,7 @@ class ModelRunner(Service):
             self.variants,
             timeline=self.timeline,
             find_basis=self.basis_of,
+            want_basis=self.basis_fetcher.want,
         )
         self.pool = Pool(
             self.context,
