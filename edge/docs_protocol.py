@@ -24,18 +24,22 @@ from protocol.entries import (
     MemoryContent,
 )
 from protocol.errors import MindstreamError
+from protocol.group_key import GroupGrant
 from protocol.identity import (
     DIGEST_BYTES,
     DOMAIN_BASIS,
     DOMAIN_BUILT_MODEL,
     DOMAIN_ENTRY,
+    DOMAIN_GROUP_KEY,
     DOMAIN_MANIFEST,
+    DOMAIN_POOL_ENTRY,
     DOMAIN_VARIANT,
     SIGNATURE_BYTES,
 )
 from protocol.layout import MAX_SNAPSHOT_BYTES
 from protocol.manifest import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, PrivatePart, SnapshotManifest
 from protocol.messages import MESSAGES
+from protocol.pool import PoolEntry
 from protocol.provenance import Statement
 from protocol.sealing import KeyWrap
 from protocol.topics import MAX_PACKET_BYTES, ROOT, TOPICS
@@ -169,6 +173,19 @@ Each file is cut, by itself, into chunks of {chunk:,} bytes, its last one shorte
 order, are those of the manifest. It is refused unless its names are plain (no folder, no dot at the beginning, no two
 alike), `total_bytes` is the sum of the files, `chunks` has a digest for each chunk, and `build` is the reader's own.
 
+### Entries of the pool
+A [SignedPoolEntry](#signedpoolentry) has the msgpack of an entry of the [pool](pool.md), and the `signature` by its
+`creator` over `{domain_pool}` and these bytes. Its id is their digest, in 64 hexadecimal digits.
+
+{pool_entry}
+What a witness says of it is a [SignedStatement](#signedstatement) of the kind `witnessed`, alone: `previous` is 32 zero
+bytes, `snapshot` the entry's id, `details` has `agrees`, `how`, `error` and `tolerance`.
+
+#### GroupGrant
+A [SignedGrant](#signedgrant) of the site's group key has the msgpack of this, and the `signature` of who grants it over
+`{domain_group}` and these bytes.
+
+{group_grant}
 ### Manifests of bases
 A [SignedBasis](#signedbasis) has the msgpack of the manifest of a model's basis ([codecs](codecs.md#transform)), and
 the `signature` by its `creator`, over `{domain_basis}` and these bytes. Who passes a basis on signs it again.
@@ -255,6 +272,10 @@ def protocol_page() -> str:
             domain_built=_shown(DOMAIN_BUILT_MODEL),
             domain_variant=_shown(DOMAIN_VARIANT),
             domain_basis=_shown(DOMAIN_BASIS),
+            domain_pool=_shown(DOMAIN_POOL_ENTRY),
+            domain_group=_shown(DOMAIN_GROUP_KEY),
+            pool_entry=fields.table(PoolEntry),
+            group_grant=fields.table(GroupGrant),
             entry_header=fields.table(EntryHeader),
             memory_content=fields.table(MemoryContent),
             manifest=fields.table(SnapshotManifest),

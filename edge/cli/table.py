@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "Publish a recording again, in its order and its time, onto a live broker or a private one.",
     ),
     "snapshot": ("snapshot", "app", "Save conversations, go on from them, make them smaller, compare them."),
+    "pool": ("pool", "app", "Beginnings of prompts that the site has read, and this node holds."),
     "models": ("models", "app", "List models, get them, check them, remove them."),
     "keys": ("keys", "app", "This node's key, and the keys of the nodes it trusts."),
     "broker": ("broker", "app", "Mosquitto for a device or a hub: its configuration, users and certificates."),
