@@ -33,7 +33,8 @@ class Statement(msgspec.Struct):
 
     details: dict[str, Any]
     """By kind. ``pruned`` and ``transcoded``: ``from``, the digest of the snapshot that this one was made of, binary;
-    ``moved``: ``from``, the node that held it."""
+    ``pruned``, and ``created`` of what was pruned while it was saved: ``kept`` positions of ``of``,
+    and ``by`` which pruner; ``moved``: ``from``, the node that held it."""
     kind: Kind
     """``created``, ``pruned``, ``transcoded``, ``moved`` or ``witnessed``."""
     node: str

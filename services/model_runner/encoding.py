@@ -110,7 +110,7 @@ def encode(
         found: Fidelity | None = None
         if test is not None:
             started_s = time.perf_counter()
-            decoded = _decoded(copied, codec, parts)
+            decoded = decode(copied, codec, parts)
             decode_s += time.perf_counter() - started_s
             found = test.compare(decoded)
             del decoded
@@ -150,7 +150,8 @@ def _falls_short(kl: float | None, top1: float | None, asked: Asked | None) -> s
     return "" if top1 >= asked.least_top1 else f"top-1 agreement {top1:.3f}, {asked.least_top1:g} at least"
 
 
-def _decoded(copied: Copied, codec: Codec, parts: dict[PartPlace, memoryview]) -> list[LayerState]:
+def decode(copied: Copied, codec: Codec, parts: dict[PartPlace, memoryview]) -> list[LayerState]:
+    """What ``parts`` decode to, as whole layers. Raises SnapshotRefused."""
     assembly = Assembly(copied.spec, len(copied.tokens) - 1, copied.kept)
     for part in copied.parts:
         if part.place.kind != "logits":

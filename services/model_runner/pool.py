@@ -226,7 +226,7 @@ class Pool:
     def _has_read(self, cache: KVCache, tokens: Sequence[int], seconds: float) -> None:
         engine = self._engine
         block = cache.length // BLOCK_TOKENS - 1
-        if not self.enabled or engine is None:
+        if not self.enabled or engine is None or cache.pruned:
             return
         place = self._places(engine, tokens, block + 1)[-1]
         names = [key.name(place.address) for key in self._site.keys.versions()]

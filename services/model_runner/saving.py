@@ -43,7 +43,9 @@ from services.model_runner.conversations import Conversation
 from services.model_runner.encoding import Encoded, encode, wanted_rungs
 from services.model_runner.engine import Engine, LayerState, Logits, ModelSpec, chunk_ends
 from services.model_runner.moments import Moment
+from services.model_runner.pruning import Seen, look
 from services.model_runner.rounds import Loaded
+from services.model_runner.shrinking import Shrunk, shrink
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -158,11 +160,15 @@ class Saving:
                 "%s is sealed with another key from now on: not all that have the last one are trusted",
                 ask.conversation,
             )
-        encoded = self.encode(engine, copied, wishes)
-        written = self.write(copied, encoded, lambda manifest: self.sign(manifest, copied.key))
+        shrunk = self.shrink(engine, copied, wishes)
+
+        def created(own: bytes) -> list[SignedStatement]:
+            return add_statement(self._context.identity, [], own, "created", shrunk.statement)
+
+        written = self.write(shrunk.copied, shrunk.encoded, lambda manifest: self.sign(manifest, copied.key, created))
         conversation.parent = bytes.fromhex(written.identifier)
         self.announce(written)
-        return said(written, encoded, started_s)
+        return said(written, shrunk.encoded, started_s)
 
     def wishes(self, given: SnapshotWishes | None) -> SnapshotWishes:
         """What is asked for, or what the configuration says where nothing is."""
@@ -288,13 +294,6 @@ class Saving:
     ) -> Encoded | None:
         """The parts of ``copied``, by the rung that ``wishes`` ask for; None where that is done while they are
         written (``raw``), or there are none. ``source`` is the snapshot whose KV it is. Raises ModelError."""
-        if wishes.prune or wishes.budget_ratio:
-            raise ModelError(
-                f"saving {copied.conversation}: this node cannot prune",
-                hint="leave `prune` and `budget_ratio` out",
-                field="wishes.prune",
-                reason="no pruning",
-            )
         inherited = source.certificate if source is not None else None
         if copied.tokens_only or (wishes.codec == Raw.name and inherited is None):
             return None
@@ -304,6 +303,38 @@ class Saving:
             copied,
             candidates,
             Asked(wishes.most_kl, wishes.least_top1),
+            self._read,
+            against=source.codec.name if source is not None and inherited is not None else "",
+            inherited=inherited,
+        )
+
+    def shrink(
+        self,
+        engine: Engine,
+        copied: snapshot.Copied,
+        wishes: SnapshotWishes,
+        source: SnapshotManifest | None = None,
+    ) -> Shrunk:
+        """As ``encode``, after pruning where ``wishes`` ask for that, or for a budget. Raises ModelError."""
+        if copied.tokens_only or not (wishes.prune or wishes.budget_ratio):
+            return Shrunk(copied, self.encode(engine, copied, wishes, source), {})
+        tokens = copied.tokens[:-1]
+
+        def look_at(layers: Sequence[LayerState], needs: frozenset[str]) -> Seen:
+            return self._worker.in_pieces(
+                lambda loaded: look(
+                    loaded.engine, tokens, layers, [loaded.chat.piece(token) for token in tokens], needs
+                )
+            ).result()
+
+        basis = self.find_basis(engine.spec, b"")
+        inherited = source.certificate if source is not None else None
+        return shrink(
+            engine,
+            copied,
+            wishes,
+            lambda codec: wanted_rungs(codec, basis),
+            look_at,
             self._read,
             against=source.codec.name if source is not None and inherited is not None else "",
             inherited=inherited,
@@ -407,6 +438,7 @@ def said(written: Written, encoded: Encoded | None, started_s: float) -> Snapsho
         took_ms=(time.monotonic() - started_s) * 1000,
         codec=manifest.codec.name,
         label=manifest.label,
+        kept_tokens=manifest.kept_tokens if manifest.kept else 0,
         ratio=ratio(manifest),
         fidelity=fidelity_of(manifest),
         tried=[f"{each.rung}: {each.reason}" for each in encoded.tried] if encoded else [],

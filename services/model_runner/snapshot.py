@@ -233,7 +233,9 @@ def with_layers(copied: Copied, layers: Sequence[LayerState]) -> Copied:
     logits = [part for part in copied.parts if part.place.kind == "logits"]
     parts = [*cut(copied.spec, layers, cached), *logits]
     size = sum(part.raw.nbytes for part in parts)
-    return copied._replace(parts=parts, size_bytes=size, kept=bitmaps_of(positions_of(layers), cached))
+    return copied._replace(
+        parts=parts, size_bytes=size, kept=bitmaps_of(positions_of(layers), cached), sealed_before={}
+    )
 
 
 def layers_of(copied: Copied) -> list[LayerState]:

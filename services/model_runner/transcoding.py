@@ -16,7 +16,7 @@ from edge.service import Context
 from edge.snapshot_store import SnapshotStore
 from protocol.layout import BLOCK_TOKENS, TOKENS, PartPlace
 from protocol.messages import SnapshotSaved, SnapshotTranscode
-from protocol.provenance import SignedStatement, add_statement
+from protocol.provenance import Kind, SignedStatement, add_statement
 from protocol.sharing import Opened, open_snapshot
 from services.model_runner import snapshot
 from services.model_runner.blocks import RawPart, cut
@@ -50,17 +50,18 @@ class Transcoding:
         engine = self._worker.between_tokens(lambda loaded: loaded.engine).result()
         copied = self._copied(engine, opened, ask)
         # Of two errors on top of each other only the second is measured, and it is said against what.
-        encoded = self._saving.encode(engine, copied, ask.wishes, opened.manifest)
+        shrunk = self._saving.shrink(engine, copied, ask.wishes, opened.manifest)
 
         def provenance(own: bytes) -> list[SignedStatement]:
-            source = bytes.fromhex(ask.snapshot)
-            return add_statement(self._context.identity, signed.provenance, own, "transcoded", {"from": source})
+            details = {"from": bytes.fromhex(ask.snapshot), **shrunk.statement}
+            kind: Kind = "pruned" if shrunk.statement else "transcoded"
+            return add_statement(self._context.identity, signed.provenance, own, kind, details)
 
         written = self._saving.write(
-            copied, encoded, lambda manifest: self._saving.sign(manifest, opened.key, provenance)
+            shrunk.copied, shrunk.encoded, lambda manifest: self._saving.sign(manifest, opened.key, provenance)
         )
         self._saving.announce(written)
-        return said(written, encoded, started_s)
+        return said(written, shrunk.encoded, started_s)
 
     def _copied(self, engine: Engine, opened: Opened, ask: SnapshotTranscode) -> snapshot.Copied:
         """The source as if it had just been copied out of the engine."""
