@@ -94,8 +94,8 @@ def trained(model: Learned, numbers: torch.Tensor, slope: float, seconds: float,
     own = list(model.parameters()) if networks else [model.log_scale]
     optimiser = torch.optim.Adam(own, lr=1e-3 if networks else 2e-2)
     generator = torch.Generator().manual_seed(1)
-    end_s = time.monotonic() + seconds
-    while time.monotonic() < end_s:
+    end_s = time.process_time() + seconds
+    while time.process_time() < end_s:
         rows = torch.randint(len(numbers), (BATCH,), generator=generator)
         part = numbers[rows]
         codes = model.encode(part)
