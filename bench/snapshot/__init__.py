@@ -29,6 +29,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "pruning": (),
     "sealed": ("encode_restore_s_per_gb",),
+    "handoff": ("ttft_speedup_4k_disk", "ttft_speedup_4k_bus", "handoff_p95_over_recompute"),
     "mutations": ("mutations", "mutations_refused"),
     "variants": ("variant_speedup", "variant_kl"),
     "mailbox": ("mailbox_handles_per_s", "mailbox_gb_per_s"),

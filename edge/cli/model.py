@@ -1,11 +1,10 @@
-"""Commands about conversations: chat, handoff."""
+"""The command chat."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -249,38 +248,3 @@ def _run(bus: Bus, target: str, ask: ModelGenerate, *, show: bool, tokens: list[
         return done
     finally:
         stop_hearing()
-
-
-def handoff(
-    conversation: Annotated[str, typer.Argument(help="The conversation to hand over.")],
-    source: Annotated[str, typer.Option("--from", help="Node that has it.", metavar="NODE")],
-    target: Annotated[str, typer.Option("--to", help="Node that shall go on with it.", metavar="NODE")],
-    name: Annotated[str, typer.Option("--as", help="Its name there. Default: the same.")] = "",
-    timeout_s: Annotated[float, typer.Option(help="Longest time for each of the two steps.", min=1, max=600)] = 120,
-    json: JsonOption = False,
-) -> None:
-    """Move a conversation to another node, exactly.
-
-    It is saved on the one node, KV cache and all, and the other goes on with the very next step.
-    """
-    from protocol.messages import ModelResume, ModelResumed, ModelSnapshot, SnapshotSaved
-
-    ttl_ms = int(timeout_s * 1000)
-    started_s = time.monotonic()
-    with connected(load()) as bus:
-        for node in (source, target):
-            expect_service(bus, node, "model_runner")
-        saved: SnapshotSaved = bus.ask(source, ModelSnapshot(conversation), ttl_ms=ttl_ms)
-        resumed: ModelResumed = bus.ask(target, ModelResume(saved.snapshot, source, name), ttl_ms=ttl_ms)
-    total_ms = (time.monotonic() - started_s) * 1000
-    if json:
-        print_json({"saved": saved, "resumed": resumed, "total_ms": total_ms})
-        return
-    why = f" ({resumed.reason})" if resumed.reason else ""
-    print(
-        f"{source}: saved {saved.tokens} tokens, {saved.size_bytes / 1e6:.1f} MB, in {saved.took_ms:.0f} ms\n"
-        f"{target}: {resumed.how}{why}; fetched in {resumed.transfer_ms:.0f} ms, restored in"
-        f" {resumed.restore_ms:.0f} ms\n"
-        f"{resumed.conversation} goes on at {target} after {total_ms:.0f} ms:"
-        f" mindstream chat --node {target} -c {resumed.conversation}"
-    )

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "chat": ("model", "chat", "Talk with the model of a node."),
     "remember": ("memory", "remember", "Remember a text."),
     "recall": ("memory", "recall", "Find memories, best first."),
-    "handoff": ("model", "handoff", "Move a conversation to another node, exactly."),
+    "handoff": ("handoff", "handoff", "Move a conversation to another node."),
     "watch": ("watch", "watch", "Show live what is said on the bus."),
     "decode": ("decode", "decode", "Print payloads as JSON lines: topic (where it is known), bytes, message."),
     "record": ("record", "record", "Record what passes over the bus."),
