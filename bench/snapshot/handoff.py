@@ -137,6 +137,8 @@ class _Run:
         bus.hear(ServiceState, self._hear)
 
     def _hear(self, message: Received) -> None:
+        if message.topic.names["service"] != "model_runner":
+            return
         with self._changed:
             self._states[message.node] = message.data
             self._changed.notify_all()

@@ -78,6 +78,7 @@ def encode(
     *,
     against: str = "",
     inherited: Certificate | None = None,
+    tested: bool = True,
 ) -> Encoded:
     """Encode all parts of ``copied`` by the first of ``candidates`` that is exact, or whose self-test meets ``asked``.
 
@@ -87,12 +88,13 @@ def encode(
         asked: None: whatever the self-test measures.
         against: the codec of the KV in ``copied``, where that is not exact.
         inherited: the certificate of that KV: an exact rung keeps it.
+        tested: whether the self-test is made; else the rung's usual figures decide.
 
     Raises ModelError when no rung will do.
     """
     layouts = block_layouts(engine.spec, len(copied.tokens) - 1, copied.kept)
     test: Test | None = None
-    untested = ""
+    untested = "" if tested else "no test was asked for"
     tried: list[Tried] = []
     encode_s = decode_s = 0.0
     for codec, usual in candidates:

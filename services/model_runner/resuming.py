@@ -292,6 +292,9 @@ class Resuming:
             kv_refused=handoff.kv_refused,
             computed_share=handoff.variant.computed_layers / len(handoff.engine.spec.layers) if handoff.variant else 0,
         )
+        for option, rung in zip(handoff.options[1:], handoff.rungs, strict=True):
+            if rung.basis and self._find_basis(handoff.engine.spec, rung.basis) is None:
+                option.why_not = option.why_not or "its basis is not here"
         wanted = costs.Wanted(ask.lossy, ask.most_kl, ask.least_top1)
         handoff.best = costs.choose(handoff.options, handoff.rungs, wanted, way=ask.way)
         handoff.decided_s = time.monotonic()

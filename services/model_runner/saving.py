@@ -306,6 +306,7 @@ class Saving:
             self._read,
             against=source.codec.name if source is not None and inherited is not None else "",
             inherited=inherited,
+            tested=wishes.test,
         )
 
     def shrink(

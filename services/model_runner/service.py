@@ -39,6 +39,7 @@ from protocol.messages import (
     BlobPulling,
     GroupKeyAsk,
     GroupKeys,
+    HandoffOfferAsk,
     LinkProbe,
     LinkProbed,
     ModelBasisAsk,
@@ -58,6 +59,7 @@ from protocol.messages import (
     RunToken,
     SnapshotManifestAsk,
     SnapshotProgress,
+    SnapshotSaved,
     SnapshotTimelineAsk,
     SnapshotTranscode,
     VariantCertificateAsk,
@@ -76,6 +78,7 @@ from services.model_runner.embedding import Embeddings
 from services.model_runner.engine import Engine, ModelSpec
 from services.model_runner.heat import HeatWatch
 from services.model_runner.memory import MIB, free_memory, kv_budget
+from services.model_runner.offering import Offering
 from services.model_runner.parking import Parking
 from services.model_runner.pool import Pool
 from services.model_runner.resuming import Resuming
@@ -169,6 +172,7 @@ class ModelRunner(Service):
             idle=lambda: not self.worker.running,
             stopping=self.stopping,
         )
+        self.offering = Offering(self.context, self.worker, self.saving, self.costs)
         self.stepping = Stepping(self.worker, self._report)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
 
@@ -187,6 +191,7 @@ class ModelRunner(Service):
         self.sayer.stop()
         self.embeddings.stop()
         self.resuming.stop()
+        self.offering.stop()
         self.basis_fetcher.stop()
         self.saving.stop()
         self.stepping.stop()
@@ -428,7 +433,19 @@ class ModelRunner(Service):
     @hears(ModelSnapshot)
     def save(self, message: Received) -> Deferred:
         """Save a conversation, between two tokens if it is being answered; answered when it is on disk."""
-        return _deferred(self.saving.save(message.data))
+        saving = self.saving.save(message.data)
+        saving.add_done_callback(self._note_saved)
+        return _deferred(saving)
+
+    def _note_saved(self, saving: Future[SnapshotSaved]) -> None:
+        """How long it took, for handoffs to come; a self-test is no part of those."""
+        loaded = self.worker.loaded
+        if loaded is None or saving.cancelled() or saving.exception() is not None:
+            return
+        saved = saving.result()
+        if not (saved.kept_tokens or (saved.fidelity is not None and saved.fidelity.measured)):
+            kv_bytes = loaded.engine.spec.kv_bytes_per_token * (saved.tokens - 1)
+            self.costs.saved(saved.codec, kv_bytes, saved.took_ms / 1000)
 
     @hears(SnapshotTranscode)
     def transcode(self, message: Received) -> Deferred:
@@ -453,6 +470,11 @@ class ModelRunner(Service):
     def step(self, message: Received) -> Deferred:
         """Move a conversation by hand, between two tokens of the others; answered with what could come next."""
         return _deferred(self.stepping.step(message.data))
+
+    @hears(HandoffOfferAsk)
+    def offer(self, message: Received) -> Deferred:
+        """What this node could send of a conversation, and its token ids."""
+        return _deferred(self.offering.offer(message))
 
     @hears(LinkProbe)
     def probe(self, message: Received) -> LinkProbed:

@@ -113,7 +113,7 @@ class Taking:
     def _save(self, handoff: Handoff) -> tuple[Opened, str, SignedManifest]:
         """Have the conversation saved by the rung that was chosen."""
         ask, started_s = handoff.ask, time.monotonic()
-        wishes = SnapshotWishes(handoff.best.codec, most_kl=ask.most_kl, least_top1=ask.least_top1)  # type: ignore[arg-type]
+        wishes = SnapshotWishes(handoff.best.codec, most_kl=ask.most_kl, least_top1=ask.least_top1, test=False)  # type: ignore[arg-type]
         ttl_ms = max(1, remaining_ms(handoff.message) - ANSWER_MARGIN_MS)
         answer = self._bus.ask_later(ask.holder, ModelSnapshot(ask.source, wishes=wishes), ttl_ms=ttl_ms)
         while True:
