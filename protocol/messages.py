@@ -455,7 +455,8 @@ class SnapshotWishes(msgspec.Struct, omit_defaults=True):
     least_top1: Share = 0.94
     """Share of tested positions whose likeliest token must be the same."""
     test: bool = True
-    """Whether its fidelity is measured on this very state, which takes time; else the rung's usual figures will do."""
+    """Whether its fidelity is measured on this very state, and the next token's logits are kept with it, which takes
+    time; else the rung's usual figures will do."""
     prune: Annotated[str, Meta(max_length=200)] = ""
     """Which positions are kept, such as ``last:512``, ``window:4,1000``, ``heavy:0.5``, ``anchors:0.5``; empty: all."""
     budget_ratio: Annotated[float, Meta(ge=0, le=1000)] = 0.0

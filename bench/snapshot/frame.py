@@ -32,6 +32,8 @@ class Options:
     """0 is torch's own choice."""
     parts: Sequence[str] = ()
     """Empty: all of them."""
+    name: str = ""
+    """Of the model, for nodes that find it themselves, built for the fastest engine where it is; empty: the folder."""
     quick: bool = False
     """Short texts: shows that it works, and its figures are no measurement."""
 

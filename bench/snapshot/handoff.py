@@ -147,7 +147,12 @@ class _Run:
     def node(self, name: str, url: str, memory: int = 1) -> Iterator[None]:
         """A node of its own process, ready; ended with this context."""
         options = self._bench.options
-        settings = {"name": name, "data": str(self._folder / name), "url": url, "model": str(options.folder)}
+        settings = {
+            "name": name,
+            "data": str(self._folder / name),
+            "url": url,
+            "model": options.name or str(options.folder),
+        }
         said = {key: json.dumps(value) for key, value in settings.items()}
         config = self._folder / f"{name}.toml"
         config.write_text(_TOML.format(**said, threads=options.threads, memory=memory))

@@ -104,6 +104,7 @@ def _snapshot(
         device="cpu" if settings.device == "auto" else settings.device,
         dtype=settings.dtype,
         threads=settings.threads,
+        name=settings.name,
         quick=quick,
         **({"parts": only.split(",")} if only else {}),
     )

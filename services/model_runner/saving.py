@@ -216,7 +216,7 @@ class Saving:
             tokens_only = wishes.codec == TOKENS.name
             if not (conversation.state.prefilled or tokens_only):
                 return None
-            copied = self.copy(loaded, conversation, label=ask.label, tokens_only=tokens_only, peek=True)
+            copied = self.copy(loaded, conversation, label=ask.label, tokens_only=tokens_only, peek=wishes.test)
             return conversation, copied, loaded.engine
 
         def read(loaded: Loaded) -> Generator[None, None, tuple[Conversation, snapshot.Copied, Engine]]:
