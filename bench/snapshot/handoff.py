@@ -194,16 +194,13 @@ class _Run:
     def read_at_holder(self, lengths: set[int]) -> None:
         """One conversation of each length, and one token of its answer."""
         for tokens in sorted(lengths):
-            took_s = self._generate(HOLDER, f"p{tokens}", self._corpus[:tokens], 1, keep=True)
+            ask = ModelGenerate(
+                f"p{tokens}", prompt_tokens=self._prompt(tokens), max_new_tokens=1, ignore_eos=True, keep=True
+            )
+            started_s = time.perf_counter()
+            self._bus.ask(HOLDER, ask, ttl_ms=TTL_MS)
+            took_s = time.perf_counter() - started_s
             self._bench.progress(f"the holder has read {tokens:,} tokens in {took_s:.2f} s")
-
-    def _generate(self, node: str, name: str, prompt: list[int], count: int, *, keep: bool = False) -> float:
-        ask = ModelGenerate(name, prompt_tokens=prompt, max_new_tokens=count, ignore_eos=True, keep=keep)
-        started_s = time.perf_counter()
-        done: RunDone = self._bus.ask(node, ask, ttl_ms=TTL_MS)
-        assert done.usage is not None
-        assert done.usage.shared_tokens == 0, "a prompt was in memory already"
-        return time.perf_counter() - started_s
 
     def read_again(self, node: str, tokens: int) -> float:
         """Seconds to read so many tokens on ``node``: to the first token, less what another token takes."""
