@@ -263,6 +263,8 @@ class _Run:
         }
 
     def _timed(self, kind: str, ask: ModelResume, name: str, said: dict[str, ModelResumed]) -> float:
+        if kind.startswith("bus"):
+            self._forget_chunks(NEAR)
         took_s, resumed = self._resume(NEAR, ask)
         assert resumed.how != "recomputed", f"{kind}: {resumed.reason}"
         said[kind] = resumed
@@ -274,9 +276,17 @@ class _Run:
         saved: SnapshotSaved = self._bus.ask(node, ModelSnapshot(name, wishes=SnapshotWishes("raw")), ttl_ms=TTL_MS)
         return saved.snapshot
 
+    def _forget_chunks(self, node: str) -> None:
+        """Take away what the node has stored: every byte is to cross the broker again."""
+        for path in (self._folder / node / "model_runner" / "snapshots").rglob("*"):
+            if path.is_file() and not path.name.startswith("."):
+                path.unlink(missing_ok=True)
+
     def _forget_pages(self, node: str) -> None:
         """Let the kernel drop what it holds of the node's snapshots, so that they are read from the disk."""
-        for path in (self._folder / node / "model_runner" / "snapshots" / "chunks").iterdir():
+        for path in (self._folder / node / "model_runner" / "snapshots").rglob("*"):
+            if not path.is_file():
+                continue
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
