@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from bench.report import Figures, Progress
 from edge.models import ensure
 from services.model_runner.bases import find_basis
 from services.model_runner.chat import ChatFormat
-from services.model_runner.codecs.base import block_layouts, block_planes
+from services.model_runner.codecs.base import Floats, block_layouts, block_planes
 from services.model_runner.codecs.basis import NEAR, Basis, Group
+from services.model_runner.codecs.exact_rows import SINK_TOKENS
 from services.model_runner.codecs.texts import TEXT_TOKENS, calibration_texts
 from services.model_runner.codecs.transform import gather
 from services.model_runner.engine import Engine
@@ -35,7 +36,8 @@ HELD_BACK = 3
 """Each so many-th text is for the comparison alone."""
 STEPS = (0.7, 1.0, 1.4)
 """Times the step of the level near: a curve of each, to compare at equal distortion."""
-SINKS = 4
+SCALES_S = 4.0
+"""Seconds of the processor for the entropy model of the transform itself."""
 
 
 class Learned(nn.Module):
@@ -50,8 +52,8 @@ class Learned(nn.Module):
         self.into = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, kept))
         self.out_of = nn.Sequential(nn.Linear(kept, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, width))
         for network in (self.into, self.out_of):
-            nn.init.zeros_(network[2].weight)
-            nn.init.zeros_(network[2].bias)
+            for parameter in network[2].parameters():
+                nn.init.zeros_(parameter)
         self.log_scale = nn.Parameter(torch.zeros(kept))
 
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -74,19 +76,20 @@ def _laplace(at: torch.Tensor) -> torch.Tensor:
     return 0.5 + 0.5 * at.sign() * (1 - torch.exp(-at.abs()))
 
 
-def numbers_of(engine: Engine, basis: Basis, group: Group, texts: Sequence[list[int]]) -> torch.Tensor:
-    """(tokens, width): a group's weighted numbers as ``transform`` sees them."""
-    found = []
+def numbers_of(engine: Engine, basis: Basis, groups: Sequence[Group], texts: Sequence[list[int]]) -> list[torch.Tensor]:
+    """Of each group (tokens, width): its weighted numbers as ``transform`` sees them."""
+    found: list[list[Floats]] = [[] for _ in groups]
     for tokens in texts:
         cache = engine.new_cache(len(tokens) + 1)
         engine.prefill(cache, tokens)
         layers = engine.export_layers(cache)
         for layout in block_layouts(engine.spec, len(tokens)):
-            first = max(0, SINKS - layout.position)
-            numbers = gather(group, block_planes(layers, layout), layout, basis.angles, first)
-            found.append((numbers - group.mean) * group.weights)
+            first = max(0, SINK_TOKENS - layout.position)
+            for group, own in zip(groups, found, strict=True):
+                numbers = gather(group, block_planes(layers, layout), layout, basis.angles, first)
+                own.append((numbers - group.mean) * group.weights)
         cache.close()
-    return torch.from_numpy(np.concatenate(found))
+    return [torch.from_numpy(np.concatenate(own)) for own in found]
 
 
 def trained(model: Learned, numbers: torch.Tensor, slope: float, seconds: float, networks: bool) -> Learned:
@@ -102,7 +105,7 @@ def trained(model: Learned, numbers: torch.Tensor, slope: float, seconds: float,
         noisy = codes + torch.rand(codes.shape, generator=generator) - 0.5
         loss = (model.decode(noisy) - part).square().sum() / model.step**2 + slope * model.bits(noisy)
         optimiser.zero_grad()
-        (loss / BATCH).backward()
+        (loss / BATCH).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return model
 
@@ -113,17 +116,6 @@ def measured(model: Learned, numbers: torch.Tensor) -> tuple[float, float]:
     codes = model.encode(numbers).round()
     error = (model.decode(codes) - numbers).square().sum() / numbers.square().sum()
     return float(model.bits(codes)) / numbers.numel(), float(error)
-
-
-def curve(
-    make: Callable[[float], Learned], numbers: torch.Tensor, say: Callable[[str], None]
-) -> list[tuple[float, float]]:
-    """(bits, error) at each step."""
-    found = []
-    for times in STEPS:
-        found.append(measured(make(times), numbers))
-        say(f"step times {times}: {found[-1][0]:.4f} bits a number, error {found[-1][1]:.5f}")
-    return found
 
 
 def bits_at(points: Sequence[tuple[float, float]], error: float) -> float:
@@ -144,24 +136,37 @@ def run(minutes: float, progress: Progress = print) -> Figures:
     texts = [chat.encode(text, special=False)[:TEXT_TOKENS] for text in calibration_texts()]
     held = [text for at, text in enumerate(texts) if at % HELD_BACK == 1]
     rest = [text for at, text in enumerate(texts) if at % HELD_BACK != 1]
-    level = basis.levels[NEAR]
-    figures: Figures = {"learned_minutes": minutes}
     middle = len(basis.groups) // 4 * 2
-    for at in (middle, middle + 1):
+    groups = basis.groups[middle : middle + 2]
+    train, test = (numbers_of(engine, basis, groups, part) for part in (rest, held))
+    return {"learned_minutes": minutes} | compared(basis, middle, train, test, minutes, progress)
+
+
+def compared(
+    basis: Basis,
+    first: int,
+    train: Sequence[torch.Tensor],
+    test: Sequence[torch.Tensor],
+    minutes: float,
+    progress: Progress,
+) -> Figures:
+    """Of the basis' groups from ``first`` on, whose numbers these are."""
+    level = basis.levels[NEAR]
+    figures: Figures = {}
+    for at, (own, held) in enumerate(zip(train, test, strict=True), first):
         group = basis.groups[at]
         kept = torch.from_numpy(group.axes[np.flatnonzero(level.classes[at])].copy())
         progress(f"{group.side} of layers {group.layers[0]} to {group.layers[-1]}: {len(kept)} of {group.width} axes")
-        train, test = (numbers_of(engine, basis, group, part) for part in (rest, held))
-        curves = {}
-        for name, networks in (("transform", False), ("learned", True)):
-            share_s = minutes * 60 / 6
-
-            def make(times: float, networks: bool = networks, share_s: float = share_s) -> Learned:
-                model = trained(Learned(kept, level.row.step * times), train, 0.0, 10.0, False)  # noqa: B023
-                # At the transform's own optimum a bit more halves an error's square of 1/12: that is its slope.
-                return trained(model, train, math.log(2) / 6, share_s, True) if networks else model  # noqa: B023
-
-            curves[name] = curve(make, test, lambda line, name=name: progress(f"  {name}, {line}"))  # type: ignore[misc]
+        curves: dict[str, list[tuple[float, float]]] = {"transform": [], "learned": []}
+        for times in STEPS:
+            model = trained(Learned(kept, level.row.step * times), own, 0.0, SCALES_S, False)
+            curves["transform"].append(measured(model, held))
+            # At the transform's own optimum a bit more makes an error's square of 1/12 a quarter: that is its slope.
+            trained(model, own, math.log(2) / 6, minutes * 60 / len(STEPS) / len(train), True)
+            curves["learned"].append(measured(model, held))
+            for name, points in curves.items():
+                bits, error = points[-1]
+                progress(f"  {name}, step times {times}: {bits:.4f} bits a number, error {error:.5f}")
         error = curves["transform"][1][1]
         for name, points in curves.items():
             figures[f"{name}_{group.side}_bits"] = round(bits_at(points, error), 4)

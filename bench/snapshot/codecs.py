@@ -74,7 +74,7 @@ class _Text:
 def part(bench: Bench) -> Figures:
     """Of every rung on files, and how long each takes to decode a long context."""
     engine, chat, progress = bench.engine, bench.chat, bench.progress
-    sizes = {"prefix_tokens": 96, "continuation_tokens": 32, "most_texts": 2} if bench.quick else {}
+    sizes: dict[str, Any] = {"prefix_tokens": 96, "continuation_tokens": 32, "most_texts": 2} if bench.quick else {}
     figures = measure(engine, chat, bench.basis, progress, **sizes)
     return figures | long_figures(engine, chat, bench.basis, progress, 300 if bench.quick else LONG_TOKENS)
 
