@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "handoff": ("ttft_speedup_4k_disk", "ttft_speedup_4k_bus", "handoff_p95_over_recompute"),
     "mutations": ("mutations", "mutations_refused"),
     "variants": ("variant_speedup", "variant_kl"),
+    "pool": (),
     "mailbox": ("mailbox_handles_per_s", "mailbox_gb_per_s"),
 }
 """In this order; each can be measured alone, and the figures of ``wanted.WANTED`` that it owes are null when it

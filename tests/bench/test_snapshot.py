@@ -100,6 +100,14 @@ def test_the_mailbox_is_measured_with_real_processes(tiny_model: Path, tmp_path:
         assert float(figures[key] or 0) > 0
 
 
+@pytest.mark.slow
+def test_the_pool_is_measured_on_a_real_broker_and_gives_what_reading_gives(tiny_model: Path, tmp_path: Path) -> None:
+    figures = run(Options(tiny_model, tmp_path, device="cpu", threads=1, parts=["pool"], quick=True))
+    assert figures["failed_parts"] == ""
+    for key in ("pool_ttft_read_s", "pool_ttft_bus_s", "pool_ttft_disk_s", "pool_ttft_speedup_bus"):
+        assert float(figures[key] or 0) > 0
+
+
 def test_parts_have_names(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none of exact, codecs, pruning, sealed"):
         run(Options(tiny_model, tmp_path, parts=["speed"]))
