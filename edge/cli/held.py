@@ -33,7 +33,7 @@ class Held(NamedTuple):
             (
                 (manifest.created_us, identifier)
                 for identifier, manifest in self.manifests().items()
-                if manifest.conversation == conversation and (not at or getattr(manifest, "label", "") == label)
+                if manifest.conversation == conversation and (not at or manifest.label == label)
             ),
             default=None,
         )
@@ -77,7 +77,7 @@ def summary(manifest: SnapshotManifest) -> dict[str, Any]:
     """What every command says of a snapshot."""
     return {
         "conversation": manifest.conversation,
-        "label": getattr(manifest, "label", ""),
+        "label": manifest.label,
         "model": manifest.model,
         "tokens": manifest.cached_tokens + 1,
         "kept_tokens": manifest.kept_tokens,

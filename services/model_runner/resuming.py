@@ -50,6 +50,7 @@ from services.model_runner.reading import Reading
 from services.model_runner.rounds import Loaded
 from services.model_runner.saving import FindBasis, extra_of
 from services.model_runner.taking import Taken, Taking
+from services.model_runner.telling import Say
 from services.model_runner.timeline import Timeline, not_labelled
 from services.model_runner.variant_use import Variants
 from services.model_runner.variants import Permit
@@ -75,6 +76,7 @@ class Resuming:
         timeline: of the snapshots here, for labels.
         find_basis: for the rung ``transform``.
         want_basis: told of one that a snapshot of some holder needs and that is not here.
+        say_progress: called with an ask's run and how far it is; it must not take long.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Resuming:
         timeline: Timeline,
         find_basis: FindBasis = lambda _spec, _wanted: None,
         want_basis: Callable[[ModelSpec, str, bytes], None] = lambda _spec, _holder, _wanted: None,
+        say_progress: Say = lambda _run, _said: None,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -103,7 +106,7 @@ class Resuming:
         self._timeline = timeline
         self._find_basis = find_basis
         self._want_basis = want_basis
-        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox, find_basis)
+        self._taking = Taking(context, bus, blob_bus, worker, store, book, stopping, mailbox, find_basis, say_progress)
         self._threads = ThreadPoolExecutor(2, "snapshot fetcher")
         self._ways = ThreadPoolExecutor(4, "ways of resuming")
         self._keeper = ThreadPoolExecutor(1, "snapshot keeper")

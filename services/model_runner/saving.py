@@ -21,7 +21,7 @@ from edge.service import Context
 from edge.snapshot_store import SnapshotStore
 from protocol.errors import MindstreamError, ModelError, SnapshotRefused
 from protocol.identity import digest
-from protocol.layout import DTYPE_BYTES, TOKENS
+from protocol.layout import DTYPE_BYTES, TOKENS, ChunkRef
 from protocol.manifest import PrivatePart, SignedManifest, SnapshotManifest, seal_manifest
 from protocol.messages import (
     ChatMessage,
@@ -32,7 +32,7 @@ from protocol.messages import (
     SnapshotWishes,
 )
 from protocol.provenance import SignedStatement, add_statement
-from protocol.sealing import DataKey
+from protocol.sealing import SEAL_BYTES, DataKey
 from protocol.sharing import known_to_others, wrap_for_all
 from services.model_runner import snapshot
 from services.model_runner.codecs.base import Array
@@ -46,6 +46,7 @@ from services.model_runner.moments import Moment
 from services.model_runner.pruning import Seen, look
 from services.model_runner.rounds import Loaded
 from services.model_runner.shrinking import Shrunk, shrink
+from services.model_runner.telling import OnBytes, Say, silent, telling
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Saving:
         find_basis: for the rung ``transform``.
         key_was_shared: whether a snapshot of a conversation that is not its parent was given to a node that is not
             trusted any more (``timeline``).
+        say_progress: called with an ask's run and how far it is; it must not take long.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Saving:
         *,
         find_basis: FindBasis = lambda _spec, _wanted: None,
         key_was_shared: Callable[[str, DataKey], bool] = lambda _conversation, _key: False,
+        say_progress: Say = lambda _run, _said: None,
     ) -> None:
         self._context = context
         self._bus = bus
@@ -121,6 +124,9 @@ class Saving:
         self._settings = context.config.snapshot
         self.find_basis = find_basis
         self._key_was_shared = key_was_shared
+        self._say_progress = say_progress
+        self._on_bytes: OnBytes = silent
+        """For whoever asked for what is being done now; of the thread that saves alone."""
         # One: each holds a copy of a KV cache until it is on the disk.
         self._thread = ThreadPoolExecutor(1, "snapshot saver")
 
@@ -143,11 +149,21 @@ class Saving:
 
     def save(self, ask: ModelSnapshot) -> Future[SnapshotSaved]:
         """Save a conversation; the future ends when it is on the disk."""
-        return self._thread.submit(self._save, ask, time.monotonic())
+        started_s = time.monotonic()
+        return self.later(lambda: self._save(ask, started_s), ask.run)
 
-    def later(self, work: Callable[[], T]) -> Future[T]:
-        """Do ``work`` on the thread that saves: one copy of a cache at a time is in memory."""
-        return self._thread.submit(work)
+    def later(self, work: Callable[[], T], run: str = "") -> Future[T]:
+        """Do ``work`` on the thread that saves: one copy of a cache at a time is in memory. How far ``write`` is is
+        said under ``run``."""
+
+        def do() -> T:
+            self._on_bytes = telling(run, self._say_progress)
+            try:
+                return work()
+            finally:
+                self._on_bytes = silent
+
+        return self._thread.submit(do)
 
     def _save(self, ask: ModelSnapshot, started_s: float) -> SnapshotSaved:
         wishes = self.wishes(ask.wishes)
@@ -366,7 +382,17 @@ class Saving:
     ) -> Written:
         """Seal and write a copied state: whole, or nothing of it stays. Raises StorageError, and SnapshotRefused when
         parts that were sealed before are not on the disk any more."""
-        with self._store.saving() as put:
+        on_bytes, written = self._on_bytes, 0
+        total = copied.size_bytes if encoded is None else sum(len(part) for part in encoded.parts.values())
+        on_bytes("write", 0, total)
+        with self._store.saving() as store:
+
+            def put(ref: ChunkRef, chunk: bytearray) -> None:
+                nonlocal written
+                store(ref, chunk)
+                written += ref.size_bytes - SEAL_BYTES
+                on_bytes("write", written, total)
+
             before = [chunk for part in copied.sealed_before.values() for chunk in part.chunks()]
             if not all(self._store.has(chunk) for chunk in before):
                 raise SnapshotRefused(

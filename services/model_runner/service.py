@@ -140,6 +140,7 @@ class ModelRunner(Service):
             self.store,
             find_basis=self.basis_of,
             key_was_shared=self.timeline.key_was_shared,
+            say_progress=self.say_progress,
         )
         self.checkpoints = Checkpoints(
             self.config.snapshot, self.context.identity, self.saving, self.timeline, self.store, self._report
@@ -160,6 +161,7 @@ class ModelRunner(Service):
             timeline=self.timeline,
             find_basis=self.basis_of,
             want_basis=self.basis_fetcher.want,
+            say_progress=self.say_progress,
         )
         self.pool = Pool(
             self.context,

@@ -31,6 +31,7 @@ from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.landing import Landing
 from services.model_runner.rounds import Loaded
 from services.model_runner.saving import FindBasis
+from services.model_runner.telling import Say, telling
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Taking:
         stopping: Callable[[], bool],
         mailbox: Mailbox | None,
         find_basis: FindBasis,
+        say_progress: Say,
     ) -> None:
         self._context = context
         self._node = context.identity.node
@@ -84,6 +86,7 @@ class Taking:
         self._stopping = stopping
         self._mailbox = mailbox
         self._find_basis = find_basis
+        self._say_progress = say_progress
         self._decoders = max(1, min(4, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self._decoders, "chunk decoder")
 
@@ -184,8 +187,11 @@ class Taking:
         if holder != self._node and here_bytes < handoff.total_bytes:
             handoff.fetching_s = time.monotonic()
 
-            def progress(here: int, _total: int) -> None:
+            tell = telling(handoff.ask.run, self._say_progress)
+
+            def progress(here: int, total: int) -> None:
                 handoff.here_bytes, handoff.fetched_bytes = here, here - here_bytes
+                tell("fetch", here, total)
 
             receiver = BlobReceiver(
                 self._bus,

@@ -42,7 +42,7 @@ class Transcoding:
         what is asked, and what opening a snapshot raises.
         """
         started_s = time.monotonic()
-        return self._saving.later(lambda: self._transcode(ask, started_s))
+        return self._saving.later(lambda: self._transcode(ask, started_s), ask.run)
 
     def _transcode(self, ask: SnapshotTranscode, started_s: float) -> SnapshotSaved:
         signed = self._store.manifest(ask.snapshot)

@@ -18,12 +18,12 @@ from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
 from edge.keys import Peers, load_or_create_identity
 from protocol.ids import uuid7
-from protocol.messages import ChatMessage, ModelGenerate, RunDone
+from protocol.messages import ChatMessage, ModelGenerate, ModelSnapshot, RunDone, SnapshotProgress
 from services.model_runner.service import ModelRunner
 from tests.support.nodes import CHECKOUT, Watcher
 from tests.support.services import run_service
 from tests.support.terminal import Terminal
-from tests.support.waiting import DEADLINE_S, TTL_MS
+from tests.support.waiting import DEADLINE_S, TTL_MS, wait_for
 
 PROGRAM = [sys.executable, "-c", "from edge.cli import main; main()"]
 TEXT = "the key lies under the pot by the door, and the pot by the door stands under the window"
@@ -130,6 +130,54 @@ def test_a_bar_is_drawn_on_a_terminal_and_the_answer_comes_after_it(site: Site) 
         assert terminal.process.wait(DEADLINE_S) == 0
 
 
+def test_a_checkpoint_has_a_label_and_is_returned_to_from_either_node(site: Site) -> None:
+    name = new("garden")
+    site.say(name, "hello")
+    first = site.json("save", name, "--label", "before the frost")
+    site.say(name, "and then?")
+    second = site.json("save", name, "--codec", "lossless")
+    assert (first["label"], second["codec"], second["ratio"] > 1) == ("before the frost", "lossless", True)
+    moments = site.json("timeline", name)["moments"]
+    assert [each["snapshot"] for each in moments] == [first["snapshot"], second["snapshot"]]
+    text, _ = site.run("timeline", name)
+    assert "before the frost" in text
+    back = site.json("resume", f"{name}@before the frost", "--as", new("branch"))
+    assert (back["tokens"], back["snapshot"]) == (first["tokens"], first["snapshot"])
+    there = site.json("resume", f"{name}@before the frost", "--from", "tomato", node="sprout")
+    assert (there["tokens"], there["how"]) == (first["tokens"], "exact")
+    assert f"{name}@before the frost" in site.run("list")[0]
+    assert "label         before the frost" in site.run("show", first["snapshot"])[0]
+
+
+def test_another_snapshot_is_made_of_one_and_says_of_which(site: Site) -> None:
+    name = new("garden")
+    site.say(name, "x" * 300)
+    source = site.json("save", name)
+    made = site.json("transcode", name, "--codec", "int8", "--most-kl", "9", "--least-top1", "0")
+    assert (made["codec"], made["conversation"]) == ("int8", name)
+    assert made["fidelity"]["measured"] == ["mean_kl", "top1"]
+    found = site.json("diff", source["snapshot"], made["snapshot"])
+    assert found["relation"] == "the first is the parent of the second"
+    assert found["second"]["provenance"] == ["created by tomato", "transcoded by tomato"]
+    assert found["tokens"]["common"] == source["tokens"]
+    said, _ = site.run("transcode", source["snapshot"], "--codec", "tokens")
+    assert "tokens" in said
+    refused = site.run("transcode", source["snapshot"], "--codec", "int8", "--most-kl", "0", code=1)
+    assert "error:" in refused[1]
+
+
+def test_how_far_it_is_is_said_to_who_asks(site: Site) -> None:
+    name, run = new("garden"), uuid7()
+    site.say(name, "x" * 300)
+    told: list[SnapshotProgress] = []
+    stop_hearing = site.bus.hear(SnapshotProgress, lambda message: told.append(message.data), node="tomato", run=run)
+    site.bus.wait_subscribed(DEADLINE_S)
+    site.bus.ask("tomato", ModelSnapshot(name, run=run), ttl_ms=TTL_MS)
+    wait_for(lambda: told and told[-1].done_bytes == told[-1].total_bytes > 0, "nothing was said")
+    stop_hearing()
+    assert {each.phase for each in told} == {"write"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -139,6 +187,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_the_answer_comes_after_it(site: Site) 
         (["prune", "abc"], 2, "which positions"),
         (["resume", "feed" * 16], 4, "does not hold it"),
         (["resume", "garden@nothing"], 4, "does not hold it"),
+        (["resume", "abc", "--node", "sprout", "--from", "sprout"], 4, "sprout has none of that name"),
         (["resume", "abc", "--way", "by post"], 2, "none of chunks"),
         (["transcode", "No Name", "--codec", "int8", "--node", "sprout"], 2, "an id of 64 digits"),
         (["explore", "nowhere"], 4, "none of that name"),
