@@ -166,6 +166,25 @@ def test_another_snapshot_is_made_of_one_and_says_of_which(site: Site) -> None:
     assert "error:" in refused[1]
 
 
+def test_a_pruned_one_is_smaller_says_so_and_goes_on(site: Site) -> None:
+    name = new("garden")
+    site.say(name, TEXT * 4)
+    source = site.json("save", name)
+    pruned = site.json(
+        "prune", source["snapshot"], "last:64", "--label", "short", "--most-kl", "9", "--least-top1", "0"
+    )
+    assert 64 <= pruned["kept_tokens"] < source["tokens"] / 2
+    assert pruned["size_bytes"] < source["size_bytes"]
+    assert "of them kept" in site.run("show", pruned["snapshot"])[0]
+    assert "pruned by tomato" in site.run("diff", source["snapshot"], pruned["snapshot"])[0]
+    back = site.json("resume", f"{name}@short", "--as", new("branch"), "--lossy", "--most-kl", "9", "--least-top1", "0")
+    assert (back["how"], back["tokens"]) == ("lossy", source["tokens"])
+    out, err = site.run("explore", name, "--json", stdin="p last:64\n\nq\n")
+    begun, after, step = steps_of(out)
+    assert (after["tokens"], step["tokens"]) == (begun["tokens"], begun["tokens"] + 1)
+    assert "pruned to" in err
+
+
 def test_how_far_it_is_is_said_to_who_asks(site: Site) -> None:
     name, run = new("garden"), uuid7()
     site.say(name, "x" * 300)
