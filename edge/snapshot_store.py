@@ -1,4 +1,9 @@
-"""Snapshots on disk: signed manifests and their content-addressed chunks in a folder, whole or not there."""
+"""Snapshots on disk: signed manifests and their content-addressed chunks in a folder, whole or not there.
+
+A chunk that was put without syncing it stands in ``arriving/``, in a folder named by the boot: it is as good as any
+other while the machine runs, whatever process is killed, and after a power cut it counts for nothing. Before a
+manifest is put, those that it names are synced, many at a time, and moved to ``chunks/``.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,26 @@ import fcntl
 import logging
 import os
 import re
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from edge.files import storage_errors, sync_folder, write_atomically
-from protocol.errors import UNREADABLE, BadSignature, BlobError, NotFound
+from edge.spread import spread
+from edge.ttl import boot_id
+from protocol.errors import UNREADABLE, BadSignature, BlobError, NotFound, StorageError
 from protocol.layout import ChunkRef
 from protocol.manifest import SignedManifest, SnapshotManifest, snapshot_id, verify_chunk
 
 log = logging.getLogger(__name__)
 
+SYNC_THREADS = 8
+"""Files that are synced at once: the file system commits them together."""
 SNAPSHOT_ID = re.compile("[0-9a-f]{64}")
 ORPHAN_S = 86_400.0
 """A chunk that no snapshot has is left alone for so long: it may be of a transfer that will go on."""
@@ -37,42 +49,67 @@ class SnapshotStore:
         self._folder = folder
         self._manifests = folder / "manifests"
         self._chunks = folder / "chunks"
+        self._arriving = folder / "arriving" / boot_id()
+        self._syncing = threading.Lock()
         with storage_errors(f"making the snapshot folder {folder}"):
             self._manifests.mkdir(parents=True, exist_ok=True)
             self._chunks.mkdir(parents=True, exist_ok=True)
+        self._drop_unsynced()
+
+    def _drop_unsynced(self) -> None:
+        """Remove what another boot has left: nobody knows how much of it came to the disk."""
+        with contextlib.suppress(OSError, StorageError):
+            others = [path for path in self._arriving.parent.iterdir() if path != self._arriving]
+            if others:
+                with self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    for path in others:
+                        shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self, signed: SignedManifest, refs: Sequence[ChunkRef], chunks: Sequence[bytes | bytearray | memoryview]
     ) -> str:
-        """Write chunks, then the manifest, each synced to disk; the snapshot's id. Raises StorageError."""
+        """Write chunks, then the manifest, all synced to disk; the snapshot's id. Raises StorageError."""
         for ref, chunk in zip(refs, chunks, strict=True):
             self.put_chunk(ref, chunk)
         return self.put_manifest(signed)
 
     def put_manifest(self, signed: SignedManifest) -> str:
-        """Write a manifest whose chunks are all here; its id. Raises StorageError."""
+        """Write a manifest whose chunks are all here, once they are synced to disk; its id. Raises StorageError."""
         identifier = snapshot_id(signed)
+        if self._arriving.exists():
+            self.sync_chunks(msgspec.msgpack.decode(signed.manifest, type=SnapshotManifest).chunks)
         write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
         return identifier
 
-    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview, *, sync: bool = True) -> None:
+    def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview, *, sync: bool = False) -> None:
         """Write one chunk unless it is here, whole. Raises StorageError.
 
-        Without ``sync`` call ``sync_chunks`` before the manifest that names it is put.
+        Unless ``sync``, it is synced when a manifest is put that names it.
         """
         # Compared, not only looked for: what was damaged on the disk is healed by saving or fetching it again.
-        if self.chunk(ref) != data:
-            write_atomically(self._chunk_path(ref), data, sync=sync)
+        if self.chunk(ref) == data:
+            if sync:
+                self.sync_chunks([ref])
+        elif sync:
+            write_atomically(self._chunk_path(ref), data)
+        else:
+            with storage_errors(f"writing into {self._arriving}"):
+                self._arriving.mkdir(parents=True, exist_ok=True)
+                self._chunk_path(ref).unlink(missing_ok=True)  # damaged: it would be found first
+            write_atomically(self._arriving / ref.digest.hex(), data, sync=False)
 
     def sync_chunks(self, refs: Iterable[ChunkRef]) -> None:
         """Have chunks on the disk that were put without. Raises StorageError."""
-        with storage_errors(f"syncing {self._chunks}"):
-            for ref in refs:
-                descriptor = os.open(self._chunk_path(ref), os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+        # One after another: whoever finds nothing to sync may rely on it.
+        with self._syncing, storage_errors(f"syncing {self._chunks}"):
+            names = {path.name for path in self._arriving.iterdir()} if self._arriving.exists() else set()
+            arrived = [self._arriving / name for name in {ref.digest.hex() for ref in refs} & names]
+            if not arrived:
+                return
+            with ThreadPoolExecutor(min(SYNC_THREADS, len(arrived)), "sync") as pool:
+                list(pool.map(_sync, arrived))
+            for path in arrived:
+                path.replace(self._chunks / path.name)
             sync_folder(self._chunks)
 
     @contextlib.contextmanager
@@ -116,11 +153,12 @@ class SnapshotStore:
         known = set().union(*(self._chunk_sizes(identifier) for identifier in self.identifiers()))
         freed_bytes = 0
         with storage_errors(f"sweeping {self._folder}"):
-            for path in (*self._chunks.iterdir(), *self._manifests.iterdir()):
+            arriving = self._arriving.iterdir() if self._arriving.exists() else ()
+            for path in (*self._chunks.iterdir(), *arriving, *self._manifests.iterdir()):
                 half = path.name.startswith(".")
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
-                    if (half or (path.parent == self._chunks and path.name not in known)) and (
+                    if (half or (path.parent != self._manifests and path.name not in known)) and (
                         status.st_mtime <= before_s
                     ):
                         path.unlink()
@@ -184,9 +222,10 @@ class SnapshotStore:
         with storage_errors(f"removing snapshot {identifier[:12]}"):
             (self._manifests / identifier).unlink()  # first: a snapshot without its manifest is none
             for name in own.keys() - shared:
-                with contextlib.suppress(FileNotFoundError):
-                    (self._chunks / name).unlink()
-                    freed_bytes += own[name]
+                gone = [path for path in (self._chunks / name, self._arriving / name) if path.exists()]
+                for path in gone:
+                    path.unlink(missing_ok=True)
+                freed_bytes += own[name] if gone else 0
         return freed_bytes
 
     def _chunk_sizes(self, identifier: str) -> dict[str, int]:
@@ -219,26 +258,30 @@ class SnapshotStore:
 
     def has(self, ref: ChunkRef) -> bool:
         """Whether a chunk is here, in its full size; its content is verified when it is used."""
-        try:
-            return self._chunk_path(ref).stat().st_size == ref.size_bytes
-        except OSError:
-            return False
+        for path in self._places(ref):
+            with contextlib.suppress(OSError):
+                return path.stat().st_size == ref.size_bytes
+        return False
 
     def chunk(self, ref: ChunkRef) -> bytes | None:
         """A chunk's bytes, not verified; None when it is not here. Raises StorageError."""
-        path = self._chunk_path(ref)
-        with storage_errors(f"reading {path}"):
-            try:
-                return path.read_bytes()
-            except FileNotFoundError:
-                return None
+        with storage_errors(f"reading the chunk {ref.digest.hex()} in {self._folder}"):
+            for path in self._places(ref):
+                with contextlib.suppress(FileNotFoundError):
+                    return path.read_bytes()
+        return None
+
+    def _places(self, ref: ChunkRef) -> tuple[Path, Path, Path]:
+        """Where a chunk may be; the first once more, as it may have been moved there meanwhile."""
+        synced = self._chunk_path(ref)
+        return synced, self._arriving / synced.name, synced
 
     def chunks(self, manifest: SnapshotManifest) -> list[bytes]:
         """All chunks of a manifest, verified.
 
         Raises BlobError when some are missing or damaged; the damaged ones are removed, to be fetched again.
         """
-        found = [self.verified_chunk(ref, index) for index, ref in enumerate(manifest.chunks)]
+        found = spread(lambda numbered: self.verified_chunk(numbered[1], numbered[0]), enumerate(manifest.chunks))
         missing = sum(data is None for data in found)
         if missing:
             raise BlobError(
@@ -263,8 +306,18 @@ class SnapshotStore:
 
     def drop_chunk(self, ref: ChunkRef) -> None:
         """Remove a chunk that is damaged, so that it is fetched again."""
-        with contextlib.suppress(OSError):
-            self._chunk_path(ref).unlink()
+        for path in self._places(ref):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def _chunk_path(self, ref: ChunkRef) -> Path:
         return self._chunks / ref.digest.hex()
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
