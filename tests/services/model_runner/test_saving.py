@@ -136,7 +136,9 @@ def node(
 
 
 def chunk_files(node: Node) -> set[str]:
-    return {path.name for path in (node.context.data_dir / "snapshots" / "chunks").iterdir()}
+    """Of all chunks, synced or not."""
+    folder = node.context.data_dir / "snapshots"
+    return {path.name for part in ("chunks", "arriving") for path in (folder / part).rglob("*") if path.is_file()}
 
 
 # --- the ladder ---------------------------------------------------------------------------------------------------
