@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,8 +48,9 @@ class Learned(nn.Module):
         super().__init__()
         kept, width = axes.shape
         self.step = step
-        self.forward_axes = nn.Parameter(axes.clone() / step)
-        self.back_axes = nn.Parameter(axes.clone() * step)
+        # As ``transform`` does: its axes are rounded to 8 bits, so not quite at right angles.
+        self.forward_axes = nn.Parameter(2 * axes - axes @ axes.T @ axes)
+        self.back_axes = nn.Parameter(axes.clone())
         self.into = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, kept))
         self.out_of = nn.Sequential(nn.Linear(kept, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, width))
         for network in (self.into, self.out_of):
@@ -57,11 +59,12 @@ class Learned(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(kept))
 
     def encode(self, numbers: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = numbers @ self.forward_axes.T + self.into(numbers)
+        """In steps; so everything that is learned has a size near 1."""
+        found: torch.Tensor = (numbers / self.step) @ self.forward_axes.T + self.into(numbers / self.step)
         return found
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = codes @ self.back_axes + self.out_of(codes)
+        found: torch.Tensor = (codes @ self.back_axes + self.out_of(codes)) * self.step
         return found
 
     def bits(self, codes: torch.Tensor) -> torch.Tensor:
@@ -94,8 +97,17 @@ def numbers_of(engine: Engine, basis: Basis, groups: Sequence[Group], texts: Seq
 
 def trained(model: Learned, numbers: torch.Tensor, slope: float, seconds: float, networks: bool) -> Learned:
     """Minimise distortion + slope × bits; without ``networks``, the entropy model's scales alone."""
-    own = list(model.parameters()) if networks else [model.log_scale]
-    optimiser = torch.optim.Adam(own, lr=1e-3 if networks else 2e-2)
+    if not networks:
+        with torch.no_grad():
+            model.log_scale.copy_((model.encode(numbers[::8]).abs().mean(0) + 0.02).log())
+    groups: list[dict[str, Any]] = [{"params": [model.log_scale], "lr": 2e-2}]
+    if networks:
+        # Axes are small numbers that are right already.
+        groups += [
+            {"params": [model.forward_axes, model.back_axes], "lr": 2e-5},
+            {"params": [*model.into.parameters(), *model.out_of.parameters()], "lr": 2e-4},
+        ]
+    optimiser = torch.optim.Adam(groups)
     generator = torch.Generator().manual_seed(1)
     end_s = time.process_time() + seconds
     while time.process_time() < end_s:
