@@ -153,7 +153,7 @@ class _Variants:
         bench.progress(f"{name}: reading {len(windows)} calibration texts")
         self._sampled[name] = sample(engine, windows, self._prefix)
         found = measured_texts()
-        kinds = [kind for kind in KINDS if kind in found] or list(found)[: len(KINDS)]
+        kinds = [kind for kind in (*KINDS, *(each for each in found if each not in KINDS)) if kind in found]
         prefix, rest = (96, 16) if bench.quick else (PREFIX_TOKENS, CONTINUATION_TOKENS)
         self._texts[name] = []
         for kind in kinds[: 1 if bench.quick else len(KINDS)]:

@@ -175,3 +175,20 @@ def test_what_contradicts_itself_is_refused(source: Path, cache: Path) -> None:
     settings = ModelConfig(name=str(source), engine="transformers", precision="int8")
     with pytest.raises(ModelUnavailable, match="none"):
         choose(settings, cache=cache, packages=ALL, hardware=CPU)
+
+
+def test_a_model_with_an_adapter_runs_on_transformers_though_it_is_built(
+    source: Path, tmp_path: Path, make_built: MakeBuilt
+) -> None:
+    make_built()
+    adapted = ModelConfig(name=str(source), adapter=str(tmp_path / "lora"))
+    chosen = choose(adapted, cache=tmp_path / "cache", packages=ALL, hardware=CPU)
+    assert (chosen.engine, chosen.built) == ("transformers", None)
+    assert "lora" in chosen.reason
+    for settings, packages in (
+        (msgspec.structs.replace(adapted, engine="onnx"), ALL),
+        (msgspec.structs.replace(adapted, precision="int8"), ALL),
+        (adapted, NO_TORCH),
+    ):
+        with pytest.raises(ModelUnavailable, match="adapter"):
+            choose(settings, cache=tmp_path / "cache", packages=packages, hardware=CPU)

@@ -13,12 +13,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make install (extra `model`)")
 
 from bench.lora import train_lora  # noqa: E402
-from protocol.errors import BadSignature, Cancelled, MalformedMessage, ModelError, UnknownPeer  # noqa: E402
+from protocol.errors import BadSignature, Cancelled, MalformedMessage, ModelError, NotFound, UnknownPeer  # noqa: E402
 from protocol.identity import Identity, Keyring  # noqa: E402
-from protocol.variants import Reuse, VariantCertificate, open_variant, seal_variant  # noqa: E402
+from protocol.variants import Reuse, VariantCertificate, open_variant, pair_name, seal_variant  # noqa: E402
 from services.model_runner.codecs.ladder import Asked  # noqa: E402
 from services.model_runner.engine import Engine, LayerState  # noqa: E402
 from services.model_runner.transformers_engine import TransformersEngine  # noqa: E402
+from services.model_runner.variant_store import VariantStore  # noqa: E402
 from services.model_runner.variants import (  # noqa: E402
     Permit,
     certify,
@@ -263,3 +264,33 @@ def test_figures_that_cannot_be_are_refused(certificate: VariantCertificate, cha
     wrong = msgspec.structs.replace(certificate, **changes)
     with pytest.raises(MalformedMessage):
         open_variant(seal_variant(tomato, wrong), Keyring({"tomato": tomato.fingerprint}))
+
+
+def test_certificates_are_kept_by_pair_and_count_while_their_creator_is_trusted(
+    certificate: VariantCertificate, tmp_path: Path
+) -> None:
+    tomato = Identity.generate("tomato")
+    trusted = [Keyring({"tomato": tomato.fingerprint})]
+    store = VariantStore(tmp_path / "variants", lambda: trusted[0])
+    source, target = certificate.source, certificate.target
+    assert store.find(source, target) is None
+    assert store.all() == []
+    store.put(seal_variant(tomato, certificate))
+    newer = msgspec.structs.replace(certificate, created_us=certificate.created_us + 1)
+    store.put(seal_variant(tomato, newer))
+    assert store.find(source, target) == newer
+    assert store.all() == [newer]
+    assert store.find(target, source) is None
+    with pytest.raises(NotFound):
+        store.signed(target, source)
+    # Under another pair's name it is no certificate of that pair.
+    (kept,) = (tmp_path / "variants").iterdir()
+    kept.with_name(pair_name(target, source)).write_bytes(kept.read_bytes())
+    assert store.find(target, source) is None
+    kept.write_bytes(kept.read_bytes()[:-7])
+    assert store.find(source, target) is None
+    store.put(seal_variant(tomato, newer))
+    trusted[0] = Keyring()
+    assert store.find(source, target) is None
+    with pytest.raises(UnknownPeer):
+        store.put(seal_variant(tomato, certificate))
