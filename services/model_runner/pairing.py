@@ -11,7 +11,6 @@ import gc
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -111,7 +110,7 @@ def make(
     return certificate
 
 
-class Made(NamedTuple):
+class Made(msgspec.Struct):
     """A certificate, for people and scripts."""
 
     source: str

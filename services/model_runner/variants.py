@@ -29,7 +29,7 @@ PREFIX_TOKENS, TEST_TOKENS = 512, 64
 MOST_TEXTS = 6
 _ENOUGH = Asked(most_kl=0.001, least_top1=0.99)
 """Once so many computed layers reach this, more of them are not measured."""
-_GROWTH = 1.4
+_GROWTH = 1.25
 """Numbers of computed layers that are measured grow by this."""
 
 Say = Callable[[str], None]
