@@ -89,7 +89,9 @@ def make(
         say(f"loading {name} from {chosen.folder.name}")
         return engines.load(chosen, wanted, cache_dir), chosen
 
-    variant_settings(settings, target)  # refused before anything is loaded
+    # Refused before anything is loaded, where that can be said.
+    if variant_settings(settings, target) == variant_settings(settings, source):
+        raise _one_variant(source, target, source)
     engine, chosen = load(source)
     chat = ChatFormat.load(chosen.folder)
     texts = [chat.encode(text, special=False) for text in calibration_texts()]
@@ -100,14 +102,18 @@ def make(
     gc.collect()
     engine, _ = load(target)
     if sampled.variant == variant_of(engine):
-        raise ModelError(
-            f"measuring {source} on {target}: they are one variant, {sampled.variant}",
-            hint="name two: precisions, engines, or adapters of the model",
-            reason="one variant",
-        )
+        raise _one_variant(source, target, str(sampled.variant))
     certificate = certify(sampled, engine, identity.node, say)
     store.put(seal_variant(identity, certificate))
     return certificate
+
+
+def _one_variant(source: str, target: str, variant: str) -> ModelError:
+    return ModelError(
+        f"measuring {source} on {target}: they are one variant, {variant}",
+        hint="name two: precisions, engines, or adapters of the model",
+        reason="one variant",
+    )
 
 
 class Made(msgspec.Struct):
