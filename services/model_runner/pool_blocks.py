@@ -247,35 +247,40 @@ class Assembly:
 
 
 def difference(spec: ModelSpec, block: int, ours: Mapping[str, bytes], theirs: Mapping[str, bytes]) -> float:
-    """How far two readings of a block are apart: ``|theirs - ours| / |ours|``, Frobenius norms, of the worst layer's
-    keys or values, or recurrent state. Infinite where one has what the other has not, or no numbers."""
+    """How far two readings of a block are apart: ``|theirs - ours| / |ours|``, Euclidean norms, of the keys or values
+    of the worst position in the worst layer, or of the worst recurrent state. Infinite where one has what the other
+    has not, or no numbers.
+
+    By position, so that one altered token among 256 shows. Where a position's numbers are very small, they count as a
+    tenth of the layer's mean.
+    """
     if ours.keys() != theirs.keys():
         return float("inf")
     worst = 0.0
     for kind in ours:
-        for one, other in zip(
-            _arrays(spec, block, kind, ours[kind]), _arrays(spec, block, kind, theirs[kind]), strict=True
-        ):
+        pair = (_arrays(spec, block, kind, raw[kind]) for raw in (ours, theirs))
+        for one, other in zip(*pair, strict=True):
             if not one.size:
                 continue
-            size = float(np.linalg.norm(one))
-            apart = float(np.linalg.norm(other - one))
-            found = apart / size if size else (float("inf") if apart else 0.0)
+            size, apart = (np.linalg.norm(rows, axis=1) for rows in (one, other - one))
+            floor = max(float(size.mean()) / 10, 1e-30)
+            found = float((apart / np.maximum(size, floor)).max())
             worst = max(worst, found) if found == found else float("inf")
     return worst
 
 
 def _arrays(spec: ModelSpec, block: int, kind: str, data: bytes) -> list[Floats]:
-    """A raw part's arrays as float32, flat."""
+    """A raw part's arrays as float32, one row a position; of a state one row."""
     if kind in KINDS:
         planes: list[Plane] = Raw().decode(data, layout_of(spec, block).of_kind(spec, kind))
-        return [_to_floats(array, spec.dtype).reshape(-1) for plane in planes for array in plane]
+        arrays = (_to_floats(array, spec.dtype) for plane in planes for array in plane)
+        return [array.swapaxes(0, 1).reshape(array.shape[1], -1) for array in arrays if array.size]
     found, offset = [], 0
     for own in spec.layers:
         for state in own.states:
             dtype = STORAGE_DTYPES[state.dtype]
             array = np.frombuffer(data, dtype, state.size_bytes // dtype.itemsize, offset)
-            found.append(_to_floats(array, state.dtype))
+            found.append(_to_floats(array, state.dtype).reshape(1, -1))
             offset += state.size_bytes
     return found
 

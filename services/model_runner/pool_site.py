@@ -24,9 +24,9 @@ from services.model_runner.pool_rates import PoolRates
 
 log = logging.getLogger(__name__)
 
-CLOSE_TOLERANCE = 0.1
-"""Of readings under other numerics: so far may keys, values and states be apart, relative to their size (Frobenius
-norms), in the worst layer. bfloat16 with other threads, chunks or instructions differs by some hundredths."""
+CLOSE_TOLERANCE = 0.2
+"""Of readings under other numerics: so far may keys and values of any position in any layer be apart, and states,
+relative to their size (``pool_blocks.difference``)."""
 SAY_S = 5.0
 MOST_VERDICTS = 16_384
 

@@ -172,6 +172,7 @@ def said_against(node: PoolNode, entries: set[str]) -> bool:
     return all(any(not each.agrees for each in statements) for statements in said)
 
 
+@pytest.mark.slow
 def test_two_who_have_read_the_same_outweigh_one_that_says_otherwise(
     tmp_path: Path, broker_url: str, model: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_two_who_have_read_the_same_outweigh_one_that_says_otherwise(
         assert set(said.usage.pooled_from) <= {"tomato", "sprout"}
 
 
+@pytest.mark.slow
 def test_with_a_quorum_entries_are_used_once_so_many_others_agree(tmp_path: Path, broker_url: str, model: Path) -> None:
     names = ("tomato", "sprout", "garlic", "basil")
     settings = {"trust": "quorum", "quorum": 2}
@@ -218,6 +220,7 @@ def test_with_a_quorum_entries_are_used_once_so_many_others_agree(tmp_path: Path
         assert trusted.tokens == first.tokens
 
 
+@pytest.mark.slow
 def test_who_has_read_the_same_before_compares_it_as_soon_as_it_is_announced(
     tmp_path: Path, broker_url: str, model: Path
 ) -> None:

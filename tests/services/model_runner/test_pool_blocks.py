@@ -25,6 +25,7 @@ from services.model_runner.pool_blocks import (
     open_block,
     seal_block,
 )
+from services.model_runner.pool_site import CLOSE_TOLERANCE
 from services.model_runner.transformers_engine import TransformersEngine
 from tests.services.model_runner.conftest import THREADS, WINDOW
 
@@ -154,3 +155,14 @@ def test_the_difference_of_two_readings_is_relative_and_of_the_worst_layer(any_e
     zeroed[kind] = bytes(len(raw[kind]))
     assert difference(spec, 0, raw, zeroed) == pytest.approx(1.0)
     assert difference(spec, 0, raw, {}) == float("inf")
+
+
+def test_one_other_token_among_256_is_further_than_witnesses_tolerate(any_engine: TransformersEngine) -> None:
+    spec = any_engine.spec
+    raw = read_in_blocks(any_engine)[0]
+    tokens = list(TOKENS[:BLOCK_TOKENS])
+    tokens[-20] = (tokens[-20] + 1) % 256
+    cache = any_engine.new_cache(BLOCK_TOKENS)
+    any_engine.prefill(cache, tokens)
+    other = cut_block(spec, any_engine.export_layers(cache), 0)
+    assert difference(spec, 0, raw, other) > CLOSE_TOLERANCE
