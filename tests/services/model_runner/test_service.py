@@ -45,6 +45,9 @@ from protocol.messages import (
     RunToken,
     SnapshotManifestAsk,
     SnapshotSaved,
+    SnapshotTimelineAsk,
+    SnapshotTranscode,
+    SnapshotWishes,
 )
 from tests.support.nodes import CHECKOUT, Node, Watcher, two_nodes, wait_for
 from tests.support.waiting import DEADLINE_S
@@ -341,6 +344,38 @@ def test_a_snapshot_is_resumed_under_another_name_beside_the_first(pair: Pair) -
     assert "Rome" in pair.ask("sprout", other, "And of Italy?").text
     with pytest.raises(ConversationUnknown):
         pair.ask("sprout", conversation)
+
+
+def test_a_labelled_checkpoint_is_branched_elsewhere_and_its_first_step_is_checked(pair: Pair) -> None:
+    name = new("forked")
+    pair.ask("tomato", name, STORY)
+    labelled = pair.bus.ask("tomato", ModelSnapshot(name, label="the fork"), ttl_ms=TTL_MS)
+    more = pair.ask("tomato", name, "And then?")
+    pair.save(name)
+    branch = f"{name}-branch"
+    ask = ModelResume("", "tomato", branch, source=f"{name}@the fork", way="chunks")
+    resumed: ModelResumed = pair.bus.ask("sprout", ask, ttl_ms=TTL_MS)
+    assert (resumed.snapshot, resumed.how, resumed.logits) == (labelled.snapshot, "exact", "equal")
+    assert pair.ask("sprout", branch, "And then?").tokens == more.tokens
+    with pytest.raises(NotFound, match="@nowhere"):
+        pair.bus.ask("sprout", ModelResume("", "tomato", branch, source=f"{name}@nowhere"), ttl_ms=TTL_MS)
+    made = pair.bus.ask(
+        "tomato", SnapshotTranscode(labelled.snapshot, SnapshotWishes("int8", 1e9, 0.0), "small"), ttl_ms=TTL_MS
+    )
+    assert (made.codec, made.label) == ("int8", "small")
+    assert made.size_bytes < labelled.size_bytes
+    assert made.fidelity.measured
+    moments = pair.bus.ask("tomato", SnapshotTimelineAsk(name), ttl_ms=TTL_MS).moments
+    assert [moment.label for moment in moments] == ["the fork", "", "small"]
+    assert moments[2].parent == labelled.snapshot
+    lossy: ModelResumed = pair.bus.ask(
+        "sprout",
+        ModelResume(made.snapshot, "tomato", branch, way="chunks", lossy=True, most_kl=1e9, least_top1=0.0),
+        ttl_ms=TTL_MS,
+    )
+    assert lossy.how == "lossy"
+    assert lossy.logits in ("close", "other")
+    assert lossy.logits_kl is not None
 
 
 def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pair) -> None:
