@@ -51,6 +51,7 @@ class SnapshotStore:
         self._chunks = folder / "chunks"
         self._arriving = folder / "arriving" / boot_id()
         self._syncing = threading.Lock()
+        self._held: dict[str, SignedManifest] = {}
         with storage_errors(f"making the snapshot folder {folder}"):
             self._manifests.mkdir(parents=True, exist_ok=True)
             self._chunks.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,20 @@ class SnapshotStore:
             self.sync_chunks(msgspec.msgpack.decode(signed.manifest, type=SnapshotManifest).chunks)
         write_atomically(self._manifests / identifier, msgspec.msgpack.encode(signed))
         return identifier
+
+    def hold_manifest(self, signed: SignedManifest) -> str:
+        """Have a snapshot to give away whose chunks are here and not synced yet: in this process, until
+        ``put_held_manifest``; its id."""
+        identifier = snapshot_id(signed)
+        self._held[identifier] = signed
+        return identifier
+
+    def put_held_manifest(self, identifier: str) -> None:
+        """``put_manifest`` of a snapshot that is held. Raises StorageError: then it is gone."""
+        try:
+            self.put_manifest(self._held[identifier])
+        finally:
+            del self._held[identifier]
 
     def put_chunk(self, ref: ChunkRef, data: bytes | bytearray | memoryview, *, sync: bool = False) -> None:
         """Write one chunk unless it is here, whole. Raises StorageError.
@@ -239,6 +254,9 @@ class SnapshotStore:
 
     def manifest(self, identifier: str) -> SignedManifest:
         """The signed manifest of a snapshot. Raises NotFound, or BlobError when the file is damaged."""
+        held = self._held.get(identifier)
+        if held is not None:
+            return held
         path = self._manifests / identifier
         if not SNAPSHOT_ID.fullmatch(identifier) or not path.exists():
             raise NotFound(

@@ -473,6 +473,8 @@ class ModelSnapshot(msgspec.Struct, omit_defaults=True):
     """None: raw, exact, all of it."""
     run: Name = ""
     """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
+    durable: bool = True
+    """Answered when a power cut cannot take it any more; else when it can be fetched, and synced behind that."""
 
 
 class SnapshotTranscode(msgspec.Struct, omit_defaults=True):

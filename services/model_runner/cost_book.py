@@ -32,6 +32,7 @@ SAVE_EVERY_S = 60.0
 MOST_LINKS = 200
 PROBE_DEPTH_TOKENS = 1_024
 """Reading is probed at the beginning and behind so many positions, for what attention adds."""
+PROBE_TOKENS = 32
 PROBE_BLOCK_TOKENS = 64
 PROBE_WEIGHT = 0.25
 
@@ -179,9 +180,10 @@ class CostBook:
         self.model_is(engine)
         if self.prefill.known:
             return
-        spec, chunk = engine.spec, engine.chunk_tokens
-        # The first chunk of all warms up what is allocated late.
-        for deep in (0, 0, PROBE_DEPTH_TOKENS):
+        spec = engine.spec
+        # The first of all warms up what is allocated late.
+        for number, deep in enumerate((0, 0, PROBE_DEPTH_TOKENS)):
+            chunk = min(engine.chunk_tokens, PROBE_TOKENS if number else 1)
             if deep + chunk > spec.context_tokens or (deep and spec.state_bytes):
                 continue
             try:
@@ -195,7 +197,8 @@ class CostBook:
             except MindstreamError as error:
                 log.info("how fast prompts are read is not known yet: %s", error)
                 return
-            self.read(deep, deep + chunk, took_s)
+            if number:
+                self.read(deep, deep + chunk, took_s)
 
     def probe_codecs(self, spec: ModelSpec) -> None:
         """Encode, seal, open and decode a little by each rung that was never measured. On any thread."""

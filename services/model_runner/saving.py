@@ -7,6 +7,7 @@ pieces between the rounds of those that are being answered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -129,6 +130,7 @@ class Saving:
         """For whoever asked for what is being done now; of the thread that saves alone."""
         # One: each holds a copy of a KV cache until it is on the disk.
         self._thread = ThreadPoolExecutor(1, "snapshot saver")
+        self._syncer = ThreadPoolExecutor(1, "snapshot syncer")
 
     def start(self) -> None:
         """Remove what a process that was killed has left half done."""
@@ -146,6 +148,7 @@ class Saving:
     def stop(self) -> None:
         """Begin nothing more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._syncer.shutdown(wait=True)
 
     def save(self, ask: ModelSnapshot) -> Future[SnapshotSaved]:
         """Save a conversation; the future ends when it is on the disk."""
@@ -181,7 +184,12 @@ class Saving:
         def created(own: bytes) -> list[SignedStatement]:
             return add_statement(self._context.identity, [], own, "created", shrunk.statement)
 
-        written = self.write(shrunk.copied, shrunk.encoded, lambda manifest: self.sign(manifest, copied.key, created))
+        written = self.write(
+            shrunk.copied,
+            shrunk.encoded,
+            lambda manifest: self.sign(manifest, copied.key, created),
+            durable=ask.durable,
+        )
         conversation.parent = bytes.fromhex(written.identifier)
         self.announce(written)
         return said(written, shrunk.encoded, started_s)
@@ -379,13 +387,19 @@ class Saving:
         copied: snapshot.Copied,
         encoded: Encoded | None,
         sign: Callable[[SnapshotManifest], SignedManifest],
+        *,
+        durable: bool = True,
     ) -> Written:
         """Seal and write a copied state: whole, or nothing of it stays. Raises StorageError, and SnapshotRefused when
-        parts that were sealed before are not on the disk any more."""
+        parts that were sealed before are not on the disk any more.
+
+        Unless ``durable`` it can be fetched when this returns, and is synced to the disk by another thread.
+        """
         on_bytes, written = self._on_bytes, 0
         total = copied.size_bytes if encoded is None else sum(len(part) for part in encoded.parts.values())
         on_bytes("write", 0, total)
-        with self._store.saving() as store:
+        with contextlib.ExitStack() as writing:
+            store = writing.enter_context(self._store.saving())
 
             def put(ref: ChunkRef, chunk: bytearray) -> None:
                 nonlocal written
@@ -406,7 +420,21 @@ class Saving:
             else:
                 manifest = snapshot.seal(copied, put, encoded.codec, encoded.certificate, encoded.parts)
             signed = sign(manifest)
-            return Written(self._store.put_manifest(signed), manifest, signed)
+            if durable:
+                return Written(self._store.put_manifest(signed), manifest, signed)
+            identifier = self._store.hold_manifest(signed)
+            self._syncer.submit(self._sync, identifier, writing.pop_all())
+            return Written(identifier, manifest, signed)
+
+    def _sync(self, identifier: str, writing: contextlib.ExitStack) -> None:
+        try:
+            with writing:
+                self._store.put_held_manifest(identifier)
+        except MindstreamError as error:
+            self._bus.counters.add("failed.snapshot_kept")
+            self._bus.events.report(
+                "snapshot-not-kept", "warning", f"snapshot {identifier[:12]} was given away and is not kept: {error}"
+            )
 
     def sign(
         self,

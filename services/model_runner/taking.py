@@ -118,7 +118,7 @@ class Taking:
         ask, started_s = handoff.ask, time.monotonic()
         wishes = SnapshotWishes(handoff.best.codec, most_kl=ask.most_kl, least_top1=ask.least_top1, test=False)  # type: ignore[arg-type]
         ttl_ms = max(1, remaining_ms(handoff.message) - ANSWER_MARGIN_MS)
-        answer = self._bus.ask_later(ask.holder, ModelSnapshot(ask.source, wishes=wishes), ttl_ms=ttl_ms)
+        answer = self._bus.ask_later(ask.holder, ModelSnapshot(ask.source, wishes=wishes, durable=False), ttl_ms=ttl_ms)
         while True:
             handoff.check_wanted()
             try:

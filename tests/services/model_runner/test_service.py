@@ -393,6 +393,24 @@ def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pa
     assert back.size_bytes < saved.size_bytes / 2
 
 
+@pytest.mark.parametrize("way", ["chunks", "tokens"])
+def test_a_conversation_is_handed_over_by_name_and_the_answer_explains_itself(pair: Pair, way: str) -> None:
+    conversation = new("by-name")
+    pair.ask("tomato", conversation, QUESTION)
+    ask = ModelResume("", "tomato", source=conversation, way=way)  # type: ignore[arg-type]
+    resumed: ModelResumed = pair.bus.ask("sprout", ask, ttl_ms=TTL_MS)
+    assert (resumed.conversation, resumed.how) == (conversation, "exact" if way == "chunks" else "recomputed")
+    assert resumed.way == resumed.options[0].way
+    assert {option.way for option in resumed.options} >= {"tokens", "raw", "lossless", "int8", "rotated4"}
+    assert [bool(option.reason) for option in resumed.options] == [False] + [True] * (len(resumed.options) - 1)
+    assert resumed.phases is not None
+    assert (resumed.phases.prefill_ms > 0) == (way == "tokens")
+    there = pair.ask("sprout", conversation, max_new_tokens=8, ignore_eos=True)
+    here = pair.ask("tomato", conversation, max_new_tokens=8, ignore_eos=True)
+    assert len(there.tokens) == len(here.tokens) == 8
+    assert way == "tokens" or there.tokens == here.tokens
+
+
 def test_a_node_that_is_forgotten_cannot_read_what_is_saved_next(pair: Pair) -> None:
     def key_id(saved: SnapshotSaved) -> bytes:
         signed: SignedManifest = pair.bus.ask("tomato", SnapshotManifestAsk(saved.snapshot), ttl_ms=TTL_MS)
