@@ -285,12 +285,10 @@ class _Run:
     def _forget_pages(self, node: str) -> None:
         """Let the kernel drop what it holds of the node's snapshots, so that they are read from the disk."""
         for path in (self._folder / node / "model_runner" / "snapshots").rglob("*"):
-            if not path.is_file():
-                continue
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+            # One that is being synced may be moved just now.
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     # --- handoffs over links --------------------------------------------------------------------------------
 
