@@ -142,6 +142,11 @@ class _Site:
         found: dict[str, Mutator | SignedBytes] = {
             name: Mutator(each, others, self.reader, self.tomato, wraps, foreign) for name, each in kinds.items()
         }
+        # Its KV is none to be taken in: who reads it is asked for its token ids alone.
+        tokens = self.sent(state, tokens_only=True, parts=[], label="a label")
+        reader = Reader(self.sprout, self.keyring)
+        reader.take(tokens)
+        found["tokens"] = Mutator(tokens, others, reader, self.tomato, wraps)
         return found | self._signed(state), sum(map(len, genuine.chunks)) / 1e6
 
     def _pruned(self, state: GenerationState, certificate: Certificate) -> Sent:
