@@ -490,6 +490,7 @@ VALUES: dict[str, msgspec.Struct] = {
         label="before the frost",
         wishes=SnapshotWishes(codec="auto", most_kl=0.01, least_top1=0.95, prune="last:512", budget_ratio=10.0),
         run=RUN_ID,
+        durable=False,
     ),
     "snapshot.transcode": SnapshotTranscode(
         snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small", run=RUN_ID

@@ -17,6 +17,7 @@ import pytest
 from broker.child import spawn
 from broker.embedded import EmbeddedBroker
 from edge.bus import Bus
+from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
 from protocol.errors import (
     BadSignature,
@@ -30,7 +31,7 @@ from protocol.errors import (
     SnapshotRefused,
     UnknownPeer,
 )
-from protocol.identity import Identity
+from protocol.identity import Identity, digest
 from protocol.ids import uuid7
 from protocol.manifest import SignedManifest, SnapshotManifest, seal_manifest, snapshot_id
 from protocol.messages import (
@@ -493,23 +494,41 @@ def _damage(node: Node) -> list[Path]:
     return chunks
 
 
+def _wait_until_whole(node: Node, snapshot: str) -> None:
+    """A resume is answered before its chunks are on the disk."""
+    folder = node.data_dir / SERVICE / "snapshots"
+
+    def whole() -> bool:
+        if not (folder / "manifests" / snapshot).exists():
+            return False
+        refs = msgspec.msgpack.decode(SnapshotStore(folder).manifest(snapshot).manifest, type=SnapshotManifest).chunks
+        paths = [folder / "chunks" / ref.digest.hex() for ref in refs]
+        return all(path.exists() and digest(path.read_bytes()).hex() == path.name for path in paths)
+
+    wait_for(whole, f"{snapshot[:12]} is not whole on the disk of {node.name}")
+
+
 def test_chunks_that_were_damaged_on_a_disk_are_never_used_and_heal(pair: Pair) -> None:
     conversation = new("damaged")
     pair.ask("tomato", conversation, QUESTION)
     saved = pair.save(conversation)
     pair.resume(saved.snapshot)
+    _wait_until_whole(pair.sprout, saved.snapshot)
     # Here: they are fetched once more, unasked.
     assert _damage(pair.sprout)
     healed = pair.resume(saved.snapshot)
     assert healed.how == "exact"
     assert healed.size_bytes > saved.size_bytes * 0.9
+    _wait_until_whole(pair.sprout, saved.snapshot)
     # There: the holder notices before it sends them, and says so. Saving the conversation again heals it.
     for path in _damage(pair.sprout):
         path.unlink()
     assert _damage(pair.tomato)
     with pytest.raises(BlobError, match="tomato has lost"):
         pair.resume(saved.snapshot)
-    assert pair.resume(pair.save(conversation).snapshot).how == "exact"
+    saved = pair.save(conversation)
+    assert pair.resume(saved.snapshot).how == "exact"
+    _wait_until_whole(pair.sprout, saved.snapshot)
     # With nobody to fetch them from, it is said.
     _damage(pair.sprout)
     with pytest.raises(BlobError, match="damaged"):
