@@ -362,7 +362,7 @@ def open_private(manifest: SnapshotManifest, key: DataKey) -> PrivatePart:
     return private
 
 
-def verify_chunk(ref: ChunkRef, data: bytes | memoryview, *, index: int) -> None:
+def verify_chunk(ref: ChunkRef, data: bytes | bytearray | memoryview, *, index: int) -> None:
     """Raises BadSignature unless ``data`` is the chunk that ``ref`` names."""
     if len(data) != ref.size_bytes or digest(data) != ref.digest:
         raise BadSignature(

@@ -131,7 +131,8 @@ def _tiny(name: str, tokenizer: Path, scratch: Path, progress: Progress) -> Mode
         else transformers.Qwen2Config(**sizes, num_hidden_layers=2)
     )
     torch.manual_seed(2026)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer / file).is_file():
             shutil.copyfile(tokenizer / file, folder / file)

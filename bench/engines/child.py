@@ -118,15 +118,16 @@ class Stock(Subject):
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self._torch = torch
         if which.threads:
             torch.set_num_threads(which.threads)
         dtype = "bfloat16" if which.dtype == "auto" else which.dtype
-        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             which.folder, dtype=getattr(torch, dtype), local_files_only=True
         )
+        self._model = loaded
         self._model.to(which.device).eval()
         self._model.generation_config.eos_token_id = None
         self.versions = (

@@ -84,10 +84,10 @@ def svg(figures: Figures) -> str:
         "tokens in the KV cache</text>"
     )
     for label, points in lines.items():
-        at = [(_x(contexts.index(context), len(contexts)), _y(rate, top)) for context, rate in points]
+        places = [(_x(contexts.index(context), len(contexts)), _y(rate, top)) for context, rate in points]
         dash = f' stroke-dasharray="{_DASHES[label]}"' if label in _DASHES else ""
-        path = " ".join(f"{x},{y}" for x, y in at)
-        dots = "".join(f'<circle class="dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in at)
+        path = " ".join(f"{x},{y}" for x, y in places)
+        dots = "".join(f'<circle class="dot" cx="{x}" cy="{y}" r="3.5"/>' for x, y in places)
         parts.append(f'<g class="{label}"><polyline class="line" points="{path}"{dash}/>{dots}</g>')
     for label, y in _label_places({label: _y(points[-1][1], top) for label, points in lines.items()}).items():
         last = lines[label][-1][1]

@@ -67,7 +67,7 @@ class Node:
         )
         self.pool.attach(engine)
         # Every way is measured, whichever the node would take, and none is given up.
-        self.pool.rates.read_s = lambda _start, _end: WAIT_S  # type: ignore[method-assign]
+        self.pool.rates.read_s = lambda start, end: WAIT_S  # type: ignore[method-assign]  # noqa: ARG005
         self.pool.patience = float("inf")
         self._sender = BlobSender(SnapshotStore(self.root / "snapshots"), self.blob_bus, _no_snapshot, self._held)
         self.bus.hear(PoolHave, self.pool.peers.hear)
