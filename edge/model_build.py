@@ -8,21 +8,14 @@ next build removes what it left.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
-from typing import IO
 
 import msgspec
 
-from broker.child import spawn
 from edge.download import RESERVE_BYTES
 from edge.files import storage_errors
 from edge.model_cards import (
@@ -37,6 +30,7 @@ from edge.model_cards import (
     built_name,
     read_card,
 )
+from edge.model_child import run_child
 from edge.model_registry import KnownModel, Licence, ModelFile, default_cache_folder, model_named
 from edge.models import Progress, ensure, is_path, model_lock, publish, remove_leftovers, sha256_of
 from edge.process import free_bytes
@@ -163,60 +157,30 @@ def build_in_child(
 ) -> Said:
     """Build the model in ``source`` into ``folder``, which must exist. Raises ModelUnavailable."""
     quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", BUILDER_MODULE, str(source), str(folder), precision, provider]
-    child = spawn(
-        command if check else [*command, "--no-check"],
-        cwd=Path(__file__).resolve().parents[1],
-        env=os.environ | quiet,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
-    noise: deque[bytes] = deque(maxlen=40)
-    drain = Thread(target=_drain, args=(child.stderr, noise), daemon=True)
-    drain.start()
-    last = Said()
-    try:
-        for line in child.stdout:
-            last = msgspec.json.decode(line, type=Said)
-            if last.doing:
-                say(last.doing)
-        child.wait()
-        drain.join(5.0)
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-        child.stdout.close()
-    if child.returncode == 0 and last.method:
+    arguments = [str(source), str(folder), precision, provider, *([] if check else ["--no-check"])]
+    last, ended = run_child(BUILDER_MODULE, arguments, Said(), say, quiet)
+    if ended.code == 0 and last.method:
         return last
-    lines = [line.decode("utf-8", "replace").strip() for line in noise]
-    why = next((line for line in reversed(lines) if line), "it said nothing")
-    if child.returncode == EXIT_PACKAGES_MISSING:
+    why = ended.last_words or "it said nothing"
+    if ended.code == EXIT_PACKAGES_MISSING:
         raise ModelUnavailable(
             f"building {name}: {why}",
             hint="pip install 'mindstream[model,build]' (Python 3.11 or newer), here or on the node that builds",
             reason="packages missing",
         )
-    if child.returncode == EXIT_REFUSED:
+    if ended.code == EXIT_REFUSED:
         raise ModelUnavailable(
             f"building {name}: {why}", hint="it runs on the transformers engine all the same", reason="cannot be built"
         )
-    if any("No space left" in line for line in lines):
+    if any("No space left" in line for line in ended.noise):
         raise StorageError(
             f"building {name} in {folder.parent}: {why}", hint="free some space there", reason="disk full"
         )
     raise ModelUnavailable(
-        f"building {name}: the build ended with code {child.returncode}: {why}",
+        f"building {name}: the build ended with code {ended.code}: {why}",
         hint="is there memory (ten times the weights in bfloat16) for it? `mindstream doctor` tells",
         reason="build failed",
     )
-
-
-def _drain(stream: IO[bytes], lines: deque[bytes]) -> None:
-    with stream:
-        lines.extend(stream)
 
 
 def _check_room(cache: Path, name: str, precision: str, source_bytes: int) -> None:

@@ -26,6 +26,7 @@ from bench.report import Figures, Progress
 from bench.snapshot.frame import Bench
 from bench.snapshot.texts import measured_texts
 from protocol.errors import MindstreamError
+from services.model_runner import distributions
 from services.model_runner.bases import find_basis
 from services.model_runner.calibration import calibrated
 from services.model_runner.chat import ChatFormat
@@ -223,11 +224,10 @@ def _measure(engine: Engine, rung: Codec, texts: Sequence[_Text], folder: Path, 
 
 def compared(exact: Logits, found: Logits, answers: Sequence[int]) -> tuple[float, float, float]:
     """Nats a token more than exact, mean divergence, and the share of equal likeliest tokens."""
-    expected, other = (_log_probabilities(each) for each in (exact, found))
+    expected, other = (distributions.log_probabilities(each) for each in (exact, found))
     rows = np.arange(len(answers))
     nats = float((expected[rows, answers] - other[rows, answers]).mean())
-    divergence = float((np.exp(expected) * (expected - other)).sum(1).mean())
-    return nats, max(0.0, divergence), float((expected.argmax(1) == other.argmax(1)).mean())
+    return nats, *distributions.compare(expected, other)
 
 
 def _continued(engine: Engine, layers: Sequence[LayerState], tokens: list[int]) -> Logits:
@@ -355,9 +355,3 @@ def _timed(call: Callable[[], Any]) -> float:
 def _line(row: _Row) -> str:
     figures = _figures("", row)
     return ", ".join(f"{name.strip('_')} {value}" for name, value in figures.items())
-
-
-def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return found

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edge.spread import spread
 from protocol.identity import digest
-from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, Part, PartPlace
+from protocol.layout import BLOCK_TOKENS, RAW, Block, ChunkRef, CodecRef, Part, PartPlace, StateLayout
 from protocol.manifest import SnapshotManifest
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES, DataKey
 from services.model_runner.codecs.base import BlockLayout, Codec, Plane, block_layouts, block_planes, empty_layers
@@ -141,23 +141,33 @@ class Assembly:
     def decode(self, place: PartPlace, data: memoryview, codec: Codec) -> None:
         """Take in what ``codec`` made of a part; states are always raw, and of their size. Raises SnapshotRefused."""
         if place.kind == "recurrent":
-            self._take_states(data)
+            self._layers[:] = with_states(self._spec, self._layers, data)
         else:
             layout = self._blocks[place.block].of_kind(self._spec, place.kind)
             codec.decode(data, layout, block_planes(self._layers, layout))
 
-    def _take_states(self, data: memoryview) -> None:
-        offset = 0
-        for index, own in enumerate(self._spec.layers):
-            states = []
-            for state in own.states:
-                array, offset = _array(data, offset, state.shape, STORAGE_DTYPES[state.dtype])
-                states.append(array.copy())
-            self._layers[index] = replace(self._layers[index], states=tuple(states))
-
     def layers(self) -> list[LayerState]:
         """What was put together."""
         return self._layers
+
+
+def state_layouts(spec: ModelSpec) -> list[list[StateLayout]]:
+    """The arrays of each layer's recurrent part, as a manifest has them; empty when no layer has one."""
+    states = [[StateLayout(state.shape, state.dtype) for state in layer.states] for layer in spec.layers]
+    return states if any(states) else []
+
+
+def with_states(spec: ModelSpec, layers: Sequence[LayerState], data: memoryview) -> list[LayerState]:
+    """``layers`` with all their recurrent states, copied out of ``data``, one after another as they lie in memory."""
+    found = []
+    offset = 0
+    for own, layer in zip(spec.layers, layers, strict=True):
+        states = []
+        for state in own.states:
+            array, offset = _array(data, offset, state.shape, STORAGE_DTYPES[state.dtype])
+            states.append(array.copy())
+        found.append(replace(layer, states=tuple(states)))
+    return found
 
 
 def _array(data: memoryview, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Array, int]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from edge.hardware import describe
 from edge.model_cards import GRAPH_NAME, Measured, TextCheck
 from protocol.errors import ModelUnavailable
+from services.model_runner.distributions import log_probabilities
 from services.model_runner.engine import Engine
 from services.model_runner.onnx_graph import INDICES_NAME
 
@@ -127,7 +128,7 @@ def compare(expected: Floats, found: Floats, tokens: list[int]) -> npt.NDArray[n
     """
     answers = np.asarray(tokens[1:])
     rows = np.arange(len(answers))
-    nats = [float(-_log_probabilities(logits)[rows, answers].sum()) for logits in (expected[:-1], found[:-1])]
+    nats = [float(-log_probabilities(logits)[rows, answers].sum()) for logits in (expected[:-1], found[:-1])]
     same = (expected[:-1].argmax(1) == found[:-1].argmax(1)).sum()
     return np.array([*nats, same, len(answers)], np.float64)
 
@@ -175,12 +176,6 @@ def _source_logits(source: Path, texts: list[list[int]]) -> list[Floats]:
     ).eval()
     with torch.inference_mode():
         return [model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy() for tokens in texts]
-
-
-def _log_probabilities(logits: Floats) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
 
 
 def _perplexity(nats: float, count: float) -> float:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from services.model_runner import distributions
 from services.model_runner.engine import Engine, Logits
 from services.model_runner.snapshot import Unpacked
 
@@ -38,13 +39,6 @@ def compare(expected: Logits, found: Logits) -> FirstStep:
     """Two rows of logits, float32 of shape (vocab_size,)."""
     if np.array_equal(expected.view(np.uint32), found.view(np.uint32)):
         return FirstStep("equal", 0.0)
-    one, other = (_log_probabilities(row) for row in (expected, found))
-    kl = max(0.0, float((np.exp(one) * (one - other)).sum()))
-    same = int(expected.argmax()) == int(found.argmax())
-    return FirstStep("close" if same else "other", kl)
-
-
-def _log_probabilities(logits: Logits) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    found: np.ndarray[tuple[int], np.dtype[np.float64]] = shifted - np.log(np.exp(shifted).sum())
-    return found
+    one, other = (distributions.log_probabilities(row[None]) for row in (expected, found))
+    kl, top1 = distributions.compare(one, other)
+    return FirstStep("close" if top1 else "other", kl)

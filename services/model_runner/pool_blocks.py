@@ -14,11 +14,11 @@ import numpy as np
 
 from protocol.errors import SnapshotRefused
 from protocol.group_key import GroupKey
-from protocol.layout import BLOCK_TOKENS, PART_SLACK_BYTES, RAW, ChunkRef, PartPlace, StateLayout
+from protocol.layout import BLOCK_TOKENS, PART_SLACK_BYTES, RAW, ChunkRef, PartPlace
 from protocol.manifest import NumericsFingerprint
 from protocol.pool import ENTRY_VERSION, NO_PARENT, PoolEntry, PoolPart
 from protocol.sealing import MAX_PLAIN_BYTES, SEAL_BYTES
-from services.model_runner.blocks import KINDS, seal_part
+from services.model_runner.blocks import KINDS, seal_part, state_layouts, with_states
 from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import (
     BlockLayout,
@@ -114,7 +114,7 @@ def seal_block(
         full=parts.get("full"),
         sliding=parts.get("sliding"),
         recurrent=parts.get("recurrent"),
-        states=_states(spec),
+        states=state_layouts(spec),
     )
     return entry, chunks
 
@@ -133,7 +133,7 @@ def check_entry(spec: ModelSpec, entry: PoolEntry, place: Place, key: GroupKey) 
     if entry.codec.name not in EXACT_CODECS:
         raise _refused(entry, "codec", f"{entry.codec.name[:40]} is not exact")
     find_codec(entry.codec)
-    if entry.states != _states(spec):
+    if entry.states != state_layouts(spec):
         raise _refused(entry, "states", f"they are not those of {spec.name}")
     found = dict(entry.parts())
     for kind in ("full", "sliding", "recurrent"):
@@ -225,21 +225,7 @@ class Assembly:
                     np.copyto(target.keys, found.keys[:, -rows:])
                     np.copyto(target.values, found.values[:, -rows:])
         if block == self._blocks - 1 and "recurrent" in raw:
-            self._take_states(raw["recurrent"])
-
-    def _take_states(self, data: bytes) -> None:
-        offset = 0
-        for index, own in enumerate(self._spec.layers):
-            states = []
-            for state in own.states:
-                dtype = STORAGE_DTYPES[state.dtype]
-                count = state.size_bytes // dtype.itemsize
-                states.append(np.frombuffer(data, dtype, count, offset).reshape(state.shape).copy())
-                offset += state.size_bytes
-            before = self._layers[index]
-            self._layers[index] = LayerState(
-                before.kind, before.dtype, before.keys, before.values, before.seen_tokens, tuple(states)
-            )
+            self._layers[:] = with_states(spec, self._layers, memoryview(raw["recurrent"]))
 
     def layers(self) -> list[LayerState]:
         """What was put together."""
@@ -283,11 +269,6 @@ def _arrays(spec: ModelSpec, block: int, kind: str, data: bytes) -> list[Floats]
             found.append(_to_floats(array, state.dtype).reshape(1, -1))
             offset += state.size_bytes
     return found
-
-
-def _states(spec: ModelSpec) -> list[list[StateLayout]]:
-    states = [[StateLayout(state.shape, state.dtype) for state in layer.states] for layer in spec.layers]
-    return states if any(states) else []
 
 
 def _refused(entry: PoolEntry, field: str, reason: str) -> SnapshotRefused:

@@ -32,7 +32,6 @@ from protocol.messages import (
     LinkProbe,
     ModelResume,
     ModelResumed,
-    SnapshotFidelity,
     SnapshotTimeline,
     SnapshotTimelineAsk,
 )
@@ -48,7 +47,7 @@ from services.model_runner.first_step import FirstStep
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.reading import Reading
 from services.model_runner.rounds import Loaded
-from services.model_runner.saving import FindBasis, extra_of
+from services.model_runner.saving import FindBasis, extra_of, fidelity_of
 from services.model_runner.taking import Taken, Taking
 from services.model_runner.telling import Say
 from services.model_runner.timeline import Timeline, not_labelled
@@ -453,7 +452,6 @@ class Resuming:
         self, handoff: Handoff, found: snapshot.Unpacked, identifier: str, way: str, taken: Taken | None = None
     ) -> ModelResumed:
         phases = handoff.phases
-        certificate = taken.opened.manifest.certificate if taken is not None else None
         beside = handoff.options and (handoff.ask.way == "auto" or not handoff.named)
         return ModelResumed(
             conversation=handoff.name,
@@ -469,11 +467,7 @@ class Resuming:
             phases=phases,
             logits=handoff.first_step.logits if handoff.first_step else "",
             logits_kl=handoff.first_step.kl if handoff.first_step else None,
-            fidelity=None
-            if certificate is None
-            else SnapshotFidelity(
-                certificate.tested_tokens, certificate.mean_kl, certificate.top1, list(certificate.measured)
-            ),
+            fidelity=fidelity_of(taken.opened.manifest) if taken is not None else None,
         )
 
     # --- after the answer -----------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from edge.snapshot_store import SnapshotStore
 from protocol.errors import MindstreamError, ModelError, SnapshotRefused
 from protocol.identity import digest
 from protocol.layout import DTYPE_BYTES, TOKENS, ChunkRef
-from protocol.manifest import PrivatePart, SignedManifest, SnapshotManifest, seal_manifest
+from protocol.manifest import Certificate, PrivatePart, SignedManifest, SnapshotManifest, seal_manifest
 from protocol.messages import (
     ChatMessage,
     ModelSnapshot,
@@ -44,6 +44,7 @@ from services.model_runner.conversations import Conversation
 from services.model_runner.encoding import Encoded, encode, wanted_rungs
 from services.model_runner.engine import Engine, LayerState, Logits, ModelSpec, chunk_ends
 from services.model_runner.moments import Moment
+from services.model_runner.parking import Fetched
 from services.model_runner.pruning import Seen, look
 from services.model_runner.rounds import Loaded
 from services.model_runner.shrinking import Shrunk, shrink
@@ -206,15 +207,15 @@ class Saving:
     def bring_back(self, name: str) -> None:
         """Take a parked conversation into memory, bit for bit, in place of reading its tokens again."""
 
-        def fetch(loaded: Loaded) -> Future[object] | None:
+        def fetch(loaded: Loaded) -> Future[Fetched] | None:
             parking, known = loaded.conversations.parking, loaded.conversations.live(name)
             if parking is None or known is not None or name in self._worker.running or not parking.has(name):
                 return None
-            return parking.fetch(name)  # type: ignore[return-value]
+            return parking.fetch(name)
 
-        def restore(loaded: Loaded, fetched: object) -> None:
+        def restore(loaded: Loaded, fetched: Fetched) -> None:
             if loaded.conversations.live(name) is None and name not in self._worker.running:
-                loaded.conversations.restore(fetched)  # type: ignore[arg-type]
+                loaded.conversations.restore(fetched)
 
         fetching = self._worker.between_tokens(fetch).result()
         if fetching is None:
@@ -318,7 +319,7 @@ class Saving:
     ) -> Encoded | None:
         """The parts of ``copied``, by the rung that ``wishes`` ask for; None where that is done while they are
         written (``raw``), or there are none. ``source`` is the snapshot whose KV it is. Raises ModelError."""
-        inherited = source.certificate if source is not None else None
+        inherited, against = _inherited(source)
         if copied.tokens_only or (wishes.codec == Raw.name and inherited is None):
             return None
         candidates = wanted_rungs(wishes.codec, self.find_basis(engine.spec, b""))
@@ -328,7 +329,7 @@ class Saving:
             candidates,
             Asked(wishes.most_kl, wishes.least_top1),
             self._read,
-            against=source.codec.name if source is not None and inherited is not None else "",
+            against=against,
             inherited=inherited,
             tested=wishes.test,
         )
@@ -353,7 +354,7 @@ class Saving:
             ).result()
 
         basis = self.find_basis(engine.spec, b"")
-        inherited = source.certificate if source is not None else None
+        inherited, against = _inherited(source)
         return shrink(
             engine,
             copied,
@@ -361,7 +362,7 @@ class Saving:
             lambda codec: wanted_rungs(codec, basis),
             look_at,
             self._read,
-            against=source.codec.name if source is not None and inherited is not None else "",
+            against=against,
             inherited=inherited,
         )
 
@@ -479,6 +480,12 @@ class Saving:
         except MindstreamError:
             return True  # who has it stood there
         return known_to_others(parent, copied.key.id, self._context.peers.keyring())
+
+
+def _inherited(source: SnapshotManifest | None) -> tuple[Certificate | None, str]:
+    """Certificate and codec of the snapshot whose KV is encoded again; none where that is exact."""
+    found = source.certificate if source is not None else None
+    return found, source.codec.name if source is not None and found is not None else ""
 
 
 def said(written: Written, encoded: Encoded | None, started_s: float) -> SnapshotSaved:

@@ -93,11 +93,6 @@ from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MANIFEST_TTL_MS = 10_000
-"""A holder that has not sent its manifest by then is away."""
-ANSWER_MARGIN_MS = 1_000
-"""So long before the asker's patience ends it is told that the holder is silent."""
-TRANSFER_TIMEOUT_S = 540.0
 EVICTED: dict[Evicted, str] = {
     "parked": "its KV cache is parked on the disk",
     "tokens": "its next turn reads its tokens again",

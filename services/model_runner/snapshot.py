@@ -28,7 +28,6 @@ from protocol.layout import (
     LayerLayout,
     Part,
     PartPlace,
-    StateLayout,
     plain_bytes,
 )
 from protocol.manifest import (
@@ -53,6 +52,7 @@ from services.model_runner.blocks import (
     cut,
     encode_part,
     seal_part,
+    state_layouts,
 )
 from services.model_runner.codecs import codec as find_codec
 from services.model_runner.codecs.base import Codec, block_layouts
@@ -290,7 +290,7 @@ def seal(
         fingerprint=copied.fingerprint,
         kv_dtype=spec.dtype,
         layers=_layouts(spec, cached, copied.kept),
-        states=_states(spec),
+        states=state_layouts(spec),
         codec=ref,
         cached_tokens=cached,
         blocks=blocks_of(cached, parts, copied.kept),
@@ -594,7 +594,7 @@ def intake(
         raise refused(
             manifest, "layers", f"they are not those of {spec.name} after {manifest.cached_tokens:,} positions"
         )
-    if manifest.states != _states(spec):
+    if manifest.states != state_layouts(spec):
         raise refused(manifest, "states", f"they are not those of {spec.name}")
     for place, part in manifest.parts():
         expected = 4 * spec.vocab_size if place.kind == "logits" else plain_bytes(manifest, place)
@@ -629,12 +629,6 @@ def _layouts(spec: ModelSpec, seen_tokens: int, kept: Sequence[bytes]) -> list[L
         )
         for layer in spec.layers
     ]
-
-
-def _states(spec: ModelSpec) -> list[list[StateLayout]]:
-    """Of each layer of ``spec``; empty when none is recurrent."""
-    states = [[StateLayout(state.shape, state.dtype) for state in layer.states] for layer in spec.layers]
-    return states if any(states) else []
 
 
 def refused(manifest: SnapshotManifest, field: str, reason: str) -> SnapshotRefused:

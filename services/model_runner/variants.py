@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from protocol.errors import ModelError
 from protocol.variants import LayerEffect, Reuse, Variant, VariantCertificate
+from services.model_runner import distributions
 from services.model_runner.codecs.base import Array, from_floats, to_floats
 from services.model_runner.codecs.ladder import Asked
 from services.model_runner.engine import STORAGE_DTYPES, Engine, KVCache, LayerState, ModelSpec, ShouldStop
@@ -33,7 +34,7 @@ _GROWTH = 1.25
 """Numbers of computed layers that are measured grow by this."""
 
 Say = Callable[[str], None]
-LogProbabilities = npt.NDArray[np.float64]
+Figures = npt.NDArray[np.float64]
 
 
 def variant_of(engine: Engine) -> Variant:
@@ -211,7 +212,7 @@ class _Comparison:
         self._others = others
         self._expected = [self._read(text, set()) for text in range(len(own.windows))]
 
-    def of(self, from_other: set[int], texts: int | None = None) -> tuple[LogProbabilities, LogProbabilities]:
+    def of(self, from_other: set[int], texts: int | None = None) -> tuple[Figures, Figures]:
         """Mean divergence, and share of equal likeliest tokens, of each text, with these layers of the other.
 
         ``texts``: only the first ones.
@@ -219,23 +220,21 @@ class _Comparison:
         kl, top1 = [], []
         for text, expected in enumerate(self._expected[:texts]):
             found = self._read(text, from_other)
-            kl.append(max(0.0, float((np.exp(expected) * (expected - found)).sum(1).mean())))
-            top1.append(float((expected.argmax(1) == found.argmax(1)).mean()))
+            of_text = distributions.compare(expected, found)
+            kl.append(of_text[0])
+            top1.append(of_text[1])
         return np.array(kl), np.array(top1)
 
-    def _read(self, text: int, from_other: set[int]) -> LogProbabilities:
+    def _read(self, text: int, from_other: set[int]) -> distributions.LogProbabilities:
         own = self._own
         tokens = own.windows[text][own.prefix_tokens :]
         pairs = zip(own.states[text], self._others[text] if from_other else own.states[text], strict=True)
         layers = [other if index in from_other else mine for index, (mine, other) in enumerate(pairs)]
         cache = self._engine.import_layers(layers, own.prefix_tokens + len(tokens))
         try:
-            logits = self._engine.read(cache, tokens).astype(np.float64)
+            return distributions.log_probabilities(self._engine.read(cache, tokens))
         finally:
             cache.close()
-        logits -= logits.max(1, keepdims=True)
-        found: LogProbabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from protocol import manifest
+from services.model_runner import distributions
 from services.model_runner.codecs import RUNGS
 from services.model_runner.codecs.base import Array, Codec, block_layouts, block_planes, empty_layers
 from services.model_runner.codecs.basis import NEAR, SMALL, Basis
@@ -210,19 +211,17 @@ class Test:
         found._read_after = read or functools.partial(read_after, engine)
         found._start = seen - count
         found._tokens = [int(token) for token in tokens[found._start : seen]]
-        found._expected = _log_probabilities(found._read(exact))
+        found._expected = distributions.log_probabilities(found._read(exact))
         found._took_s = time.perf_counter() - started_s
         return found
 
     def compare(self, decoded: Sequence[LayerState]) -> Fidelity:
         """Of a decoded cache."""
         started_s = time.perf_counter()
-        found = _log_probabilities(self._read(decoded))
-        expected = self._expected
-        divergence = float((np.exp(expected) * (expected - found)).sum(1).mean())
-        top1 = float((expected.argmax(1) == found.argmax(1)).mean())
+        found = distributions.log_probabilities(self._read(decoded))
+        mean_kl, top1 = distributions.compare(self._expected, found)
         took_s = self._took_s + time.perf_counter() - started_s
-        return Fidelity(max(0.0, divergence), top1, len(expected), took_s)
+        return Fidelity(mean_kl, top1, len(found), took_s)
 
     def _read(self, layers: Sequence[LayerState]) -> Array:
         """Logits (tokens, vocabulary) of the last tokens, read after ``layers`` as they were before them."""
@@ -298,9 +297,3 @@ def _earlier(state: LayerState, own: LayerSpec, tokens: int) -> LayerState:
     have = max(1, held - (state.seen_tokens - tokens))
     rows = np.arange(have - wanted, have) % have
     return replace(state, keys=state.keys[:, rows], values=state.values[:, rows], seen_tokens=tokens)
-
-
-def _log_probabilities(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    found: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return found
