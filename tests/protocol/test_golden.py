@@ -299,7 +299,9 @@ def test_payloads_spliced_into_each_other_are_survived(data: st.DataObject) -> N
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the golden files for the maker to write into."""
     copied = tmp_path / "golden"
-    shutil.copytree(make.FOLDER, copied, ignore=shutil.ignore_patterns("*.py", "__pycache__", "recordings"))
+    shutil.copytree(
+        make.FOLDER, copied, ignore=shutil.ignore_patterns("*.py", "__pycache__", "recordings", "snapshots")
+    )
     monkeypatch.setattr(make, "FOLDER", copied)
     return copied
 
