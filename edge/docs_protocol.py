@@ -198,7 +198,7 @@ A [SignedVariantCertificate](#signedvariantcertificate) has the msgpack of what 
 the `signature` by its `creator`, over `{domain_variant}` and these bytes. Who passes it on changes nothing in it.
 
 {variant_certificate}
-It is refused unless both are of one tokenizer, something was measured, and `reuses` begins with no computed layer and
+It is refused unless both are of one tokenizer, something was measured, and `reuses` begins with nothing computed and
 rises.
 
 ## How memories spread

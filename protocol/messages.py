@@ -875,11 +875,13 @@ class ModelCertified(msgspec.Struct):
     """First layers that must be computed again for the usual fidelity; None: it is not reached."""
     layers: int
     mean_kl: float
-    """Nats a token, with so many layers computed; with none where the fidelity is not reached."""
+    """Nats a token, with so much computed; with nothing where the fidelity is not reached."""
     worst_kl: float
     """Of the text that moved most."""
     top1: float
     took_ms: float
+    recent_tokens: int = 0
+    """Last positions that must be computed again as well."""
 
 
 class BlobPull(msgspec.Struct):

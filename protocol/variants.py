@@ -3,8 +3,9 @@ node that measured it.
 
 Variants of one model share tokenizer and layers: its built precisions, an engine and another, a base and its adapters.
 A certificate is of one ordered pair. It says for each layer what happens when that layer's KV alone is the other's,
-and for numbers of first layers what remains when those are computed again and the rest is the other's (the idea of
-DroidSpeak, arXiv 2411.02820). Bytes are canonical msgpack, signed and forwarded verbatim like a manifest's.
+and what remains when first layers (the idea of DroidSpeak, arXiv 2411.02820) or recent positions (of CacheBlend,
+arXiv 2405.16444) are computed again and the rest is the other's. The first ``SINK_TOKENS`` positions are the model's
+own in all of it. Bytes are canonical msgpack, signed and forwarded verbatim like a manifest's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from protocol.layout import malformed
 from protocol.manifest import ModelDigests, NumericsFingerprint, is_canonical, read_signed
 
 VARIANT_VERSION = 1
+SINK_TOKENS = 4
+"""First positions that are always computed again: most heads rest their attention there, and they cost nothing."""
 _WHAT = "a variant certificate"
 
 
@@ -51,7 +54,8 @@ class LayerEffect(msgspec.Struct, frozen=True):
 
 
 class Reuse(msgspec.Struct, frozen=True):
-    """What is left when the first layers are computed again and all others are the other variant's."""
+    """What is left when the first layers, or all layers of the last positions, are computed again, and all else is the
+    other variant's."""
 
     computed_layers: int
     mean_kl: float
@@ -59,6 +63,13 @@ class Reuse(msgspec.Struct, frozen=True):
     worst_kl: float
     """Of the text that moved most."""
     top1: float
+    recent_tokens: int = 0
+    """Last positions that are computed again in all layers."""
+
+    def share(self, layers: int, tokens: int) -> float:
+        """How much of reading ``tokens`` positions through ``layers`` layers it is; at most 1."""
+        recent = min(self.recent_tokens, tokens) / max(1, tokens)
+        return recent + (1 - recent) * self.computed_layers / max(1, layers)
 
 
 class VariantCertificate(msgspec.Struct):
@@ -75,7 +86,7 @@ class VariantCertificate(msgspec.Struct):
     prefix_tokens: int
     """Positions of each text whose KV was the other's."""
     reuses: Annotated[list[Reuse], Meta(max_length=1024)]
-    """By rising number of computed layers; the first has none."""
+    """By rising number of computed layers, then of recent positions; the first has neither."""
     source: Variant
     """Whose KV was used."""
     target: Variant
@@ -86,19 +97,21 @@ class VariantCertificate(msgspec.Struct):
     """Calibration texts; of several kinds."""
     version: int = 1
 
-    def least(self, most_kl: float, least_top1: float, most_layers: int) -> Reuse | None:
-        """The reuse with the fewest computed layers, at most ``most_layers``, that is as faithful as asked.
+    def least(self, most_kl: float, least_top1: float, most_layers: int, tokens: int = 0) -> Reuse | None:
+        """The reuse that computes least of those that are as faithful as asked.
+
+        Args:
+            most_layers: first layers that can be computed apart.
+            tokens: positions of the state; of the measured texts where 0.
 
         The worst text counts, not the mean: a conversation is one text.
         """
-        return next(
-            (
-                each
-                for each in self.reuses
-                if each.computed_layers <= most_layers and each.worst_kl <= most_kl and each.top1 >= least_top1
-            ),
-            None,
-        )
+        fine = [
+            each
+            for each in self.reuses
+            if each.computed_layers <= most_layers and each.worst_kl <= most_kl and each.top1 >= least_top1
+        ]
+        return min(fine, key=lambda each: each.share(len(self.layers), tokens or self.prefix_tokens), default=None)
 
 
 class SignedVariantCertificate(msgspec.Struct):
@@ -139,9 +152,16 @@ def open_variant(signed: SignedVariantCertificate, keyring: Keyring) -> VariantC
         raise malformed("target", "variants of two tokenizers", _WHAT)
     if min(found.texts, found.prefix_tokens, found.tested_tokens) < 1:
         raise malformed("tested_tokens", "nothing was measured", _WHAT)
-    computed = [each.computed_layers for each in found.reuses]
-    if computed[:1] != [0] or computed != sorted(set(computed)) or computed[-1] >= max(1, len(found.layers)):
-        raise malformed("reuses", f"{computed} computed layers of {len(found.layers)}", _WHAT)
+    computed = [(each.computed_layers, each.recent_tokens) for each in found.reuses]
+    if (
+        computed[:1] != [(0, 0)]
+        or computed != sorted(set(computed))
+        or computed[-1][0] >= max(1, len(found.layers))
+        or not all(0 <= each.recent_tokens < found.prefix_tokens for each in found.reuses)
+    ):
+        raise malformed(
+            "reuses", f"{computed} computed layers of {len(found.layers)} and positions of {found.prefix_tokens}", _WHAT
+        )
     for index, reuse in enumerate(found.reuses):
         # NaN fails every comparison.
         if not (0 <= reuse.mean_kl <= reuse.worst_kl < float("inf") and 0 <= reuse.top1 <= 1):

@@ -253,9 +253,15 @@ def pair(
         return
     print(f"{made.source} on {made.target}, {made.texts} texts, {made.tested_tokens} tokens compared")
     print_table(
-        ("layers computed", "mean KL", "worst text", "top-1"),
+        ("layers computed", "recent positions", "mean KL", "worst text", "top-1"),
         [
-            [str(each.computed_layers), f"{each.mean_kl:.5f}", f"{each.worst_kl:.5f}", f"{each.top1:.3f}"]
+            [
+                str(each.computed_layers),
+                str(each.recent_tokens),
+                f"{each.mean_kl:.5f}",
+                f"{each.worst_kl:.5f}",
+                f"{each.top1:.3f}",
+            ]
             for each in made.reuses
         ],
     )

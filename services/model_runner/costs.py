@@ -242,7 +242,7 @@ def predict(
         tokens: of the conversation, the pending one included.
         kv_bytes: of its KV in memory.
         kv_refused: why no KV of the holder's can be used here (other weights, say); empty when it can.
-        computed_share: of the layers, that are computed again where KV is another variant's.
+        computed_share: of the prompt's reading, that is done again where KV is another variant's.
     """
     found = [_reading(tokens, here)]
     found += [_loading(tokens, kv_bytes, rung, here, kv_refused) for rung in rungs]

@@ -151,6 +151,8 @@ def measure(
         verdict = "nothing may be kept"
     elif best.computed_layers:
         verdict = f"the first {best.computed_layers} of {count} layers are computed again, the others kept"
+    elif best.recent_tokens:
+        verdict = f"the last {best.recent_tokens} positions are computed again, the others kept"
     else:
         verdict = "all may be kept"
     return Made(

@@ -292,7 +292,7 @@ class Resuming:
             handoff.rungs,
             here,
             kv_refused=handoff.kv_refused,
-            computed_share=handoff.variant.computed_layers / len(handoff.engine.spec.layers) if handoff.variant else 0,
+            computed_share=handoff.variant.share(handoff.engine, handoff.tokens - 1) if handoff.variant else 0,
         )
         for option, rung in zip(handoff.options[1:], handoff.rungs, strict=True):
             if rung.basis and self._find_basis(handoff.engine.spec, rung.basis) is None:

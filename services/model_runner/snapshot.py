@@ -390,8 +390,8 @@ def why_not_exact(
         return f"codec {manifest.codec.name[:80]!r} of version {manifest.codec.version}: {error.reason}"
     if manifest.kept and not (lossy and engine.explicit_positions):
         return "it was pruned, so it is not exact" if engine.explicit_positions else NO_POSITIONS
-    if manifest.kept and variant is not None and variant.computed_layers:
-        return f"it was pruned: the first {variant.computed_layers} layers cannot be computed beside fewer positions"
+    if manifest.kept and variant is not None and (variant.computed_layers or variant.recent_tokens):
+        return "it was pruned: nothing can be computed again beside fewer positions"
     if lossy or (exact and manifest.certificate is None):
         return ""
     return f"codec {manifest.codec.name} is not exact" if not exact else "it was made of KV that was not exact"
@@ -500,7 +500,10 @@ def restore(engine: Engine, found: Read) -> Unpacked:
     elif found.reason:
         cache = engine.new_cache(capacity)
     elif found.variant is not None:
-        cache = take_in(engine, found.layers, found.tokens[:-1], capacity, found.variant.computed_layers)
+        variant = found.variant
+        cache = take_in(
+            engine, found.layers, found.tokens[:-1], capacity, variant.computed_layers, variant.recent_tokens
+        )
     else:
         cache = engine.import_layers(found.layers, capacity)
     state = GenerationState(

@@ -64,7 +64,7 @@ class Variants:
         if source.digests.tokenizer != target.digests.tokenizer:
             return "another tokenizer"
         certificate = self.store.find(source, target) or self._from_holder(holder, source, target)
-        return permit(certificate, source, engine, asked)
+        return permit(certificate, source, engine, asked, manifest.cached_tokens)
 
     def _from_holder(self, holder: str, source: Variant, target: Variant) -> VariantCertificate | None:
         if holder == self._context.identity.node:
@@ -122,6 +122,7 @@ def certified(found: VariantCertificate, took_ms: float, asked: Asked | None = N
         source=str(found.source),
         target=str(found.target),
         computed_layers=None if best is None else best.computed_layers,
+        recent_tokens=0 if best is None else best.recent_tokens,
         layers=len(found.layers),
         mean_kl=(best or found.reuses[0]).mean_kl,
         worst_kl=(best or found.reuses[0]).worst_kl,

@@ -52,12 +52,12 @@ def test_without_a_permit_the_tokens_are_read_again(short: TransformersEngine, w
     assert "dtype" in found.reason
 
 
-@pytest.mark.parametrize("computed", [0, 2])
+@pytest.mark.parametrize(("computed", "recent"), [(0, 0), (2, 0), (0, 50)])
 def test_with_one_the_kv_is_used_in_the_dtype_that_the_model_has(
-    short: TransformersEngine, wide: TransformersEngine, computed: int
+    short: TransformersEngine, wide: TransformersEngine, computed: int, recent: int
 ) -> None:
     for source, target in ((short, wide), (wide, short)):
-        found = read_on(target, packed(source), Permit(variant_of(source), computed, "by a certificate"))
+        found = read_on(target, packed(source), Permit(variant_of(source), computed, "by a certificate", recent))
         assert (found.how, found.reason, found.logits) == ("variant", "by a certificate", None)
         assert found.state.tokens == TOKENS
         assert found.state.cache.length == len(TOKENS) - 1
