@@ -341,7 +341,7 @@ class ModelGenerate(msgspec.Struct, omit_defaults=True):
 
 
 class ModelCancel(msgspec.Struct):
-    """Stop a run after its current token."""
+    """Stop a run after its current token; or a save, a prune or a transcode, of which nothing is kept then."""
 
     run: Name
 
@@ -460,7 +460,8 @@ class SnapshotWishes(msgspec.Struct, omit_defaults=True):
     prune: Annotated[str, Meta(max_length=200)] = ""
     """Which positions are kept, such as ``last:512``, ``window:4,1000``, ``heavy:0.5``, ``anchors:0.5``; empty: all."""
     budget_ratio: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    """So many times smaller than 16 bits a number, by pruning and codec together, whichever keeps most; 0: as above."""
+    """So many times smaller than 16 bits a number, by pruning and codec together, whichever keeps most: ``most_kl`` and
+    ``least_top1`` are then of both together. 0: as above."""
 
 
 class ModelSnapshot(msgspec.Struct, omit_defaults=True):
@@ -704,10 +705,12 @@ class SnapshotProgress(msgspec.Struct):
     """How far a save or a fetch is; what is lost of it is not said again."""
 
     phase: str
-    """What is being done: ``encode``, ``write``, ``fetch``, ``decode``, ``read`` (tokens)."""
+    """What is being done: ``wait`` (for another save), ``read`` (its tokens, into a cache), ``look`` (at what a pruner
+    needs), ``test`` (how faithful a codec is), ``write``, ``fetch``."""
     done_bytes: Count
-    """Of ``read``: tokens."""
+    """Of ``read``, ``look`` and ``test``: tokens."""
     total_bytes: Count
+    """0: not known."""
 
 
 class SnapshotMoment(msgspec.Struct, omit_defaults=True):

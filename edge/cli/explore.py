@@ -211,12 +211,12 @@ class _Walk:
             _print_line(saved)
 
     def _resume(self, identifier: str, note: str = "") -> None:
-        from edge.cli.snapshot_asks import told
+        from edge.cli.snapshot_asks import ANY_KL, told
         from protocol.messages import ModelResume
 
         ask = ModelResume(identifier, self._target, self._name, way="chunks", lossy=True, keep=False)
         # Whoever looks at a snapshot wants to see what it has become: any certificate will do.
-        ask.most_kl, ask.least_top1 = 1e9, 0.0
+        ask.most_kl, ask.least_top1 = ANY_KL, 0.0
         resumed = told(self._bus, self._target, ask, "resuming")
         why = f" ({resumed.reason})" if resumed.reason else ""
         print(f"{note or identifier[:12]}: {resumed.tokens:,} tokens, {resumed.how}{why}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import re
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -50,6 +51,9 @@ BudgetOption = Annotated[
         "--budget", metavar="10x", help="So many times smaller than 16 bits a number, by pruning and codec together."
     ),
 ]
+MOST_RATIO = 1000
+ANY_KL = 1e9
+"""Whatever its certificate says."""
 WAYS = ("chunks", "tokens", "auto")
 PRUNERS = "last:512, window:4,1000, heavy:0.5, anchors:0.5"
 
@@ -68,6 +72,7 @@ def save(
     """Save a conversation as it is now, between two tokens."""
     from protocol.messages import ModelSnapshot
 
+    _check_name(conversation, "CONVERSATION")
     wishes = _wishes(codec, most_kl, least_top1, prune, budget)
     _saved(node, lambda _bus, _target: ModelSnapshot(conversation, label, wishes), f"saving {conversation}", json)
 
@@ -91,7 +96,9 @@ def prune(
 
     def asked(bus: Bus, target: str) -> SnapshotTranscode:
         identifier, was = find(bus, target, load().node.name, snapshot)
-        wishes = _wishes(codec or was or "raw", most_kl, least_top1, spec, budget)
+        # Its own codec, but a budget is met by the one that suits it.
+        named = codec or ("auto" if budget else was or "raw")
+        wishes = _wishes(named, most_kl, least_top1, spec, budget)
         return SnapshotTranscode(identifier, wishes or SnapshotWishes(), label)
 
     _saved(node, asked, f"pruning {snapshot[:40]}", json)
@@ -142,6 +149,8 @@ def resume(
 
     if way not in WAYS:
         raise typer.BadParameter(f"{way!r} is none of {', '.join(WAYS)}", param_hint="--way")
+    if name:
+        _check_name(name, "--as")
     config = load()
     target = node or config.node.name
     holder = source or target
@@ -170,7 +179,8 @@ def resume(
     if found.logits:
         said.append(f"its first step against the saved logits: {found.logits}")
     said.append(
-        f"fetched {found.size_bytes / 1e6:,.1f} MB in {found.transfer_ms:.0f} ms, restored in {found.restore_ms:.0f} ms"
+        (f"fetched {found.size_bytes / 1e6:,.1f} MB in {found.transfer_ms:.0f} ms, " if holder != target else "")
+        + f"restored in {found.restore_ms:.0f} ms"
     )
     there = f" --node {target}" if node else ""
     print(printable(f"{found.conversation} on {target}: " + "; ".join(said)))
@@ -186,6 +196,7 @@ def timeline(
     from edge.cli.held import local_time
     from protocol.messages import SnapshotTimeline, SnapshotTimelineAsk
 
+    _check_name(conversation, "CONVERSATION")
     config = load()
     target = node or config.node.name
     with connected(config) as bus:
@@ -247,6 +258,18 @@ def find(bus: Bus, holder: str, own: str, named: str) -> tuple[str, str]:
     return moments[-1].snapshot, moments[-1].codec
 
 
+def _check_name(name: str, option: str) -> None:
+    """Raises typer.BadParameter for what is no conversation's name."""
+    from protocol.ids import NAME_PATTERN
+
+    if not NAME_PATTERN.fullmatch(name):
+        raise typer.BadParameter(
+            f"{name[:80]!r} is no conversation's name: a-z, 0-9, - and _, at most 63 of them, the first a letter or "
+            "digit",
+            param_hint=option,
+        )
+
+
 def _wishes(
     codec: str, most_kl: float | None, least_top1: float | None, prune: str, budget: str
 ) -> SnapshotWishes | None:
@@ -261,9 +284,11 @@ def _wishes(
     wishes = SnapshotWishes(codec=codec or ("raw" if exact else "auto"), prune=prune)  # type: ignore[arg-type]
     if budget:
         ratio = re.fullmatch(r"(\d+(?:\.\d+)?)x?", budget)
-        if ratio is None or float(ratio[1]) < 1:
-            raise typer.BadParameter(f"{budget!r} is no ratio, such as 10x", param_hint="--budget")
+        if ratio is None or not 1 <= float(ratio[1]) <= MOST_RATIO:
+            raise typer.BadParameter(f"{budget!r} is no ratio from 1x to {MOST_RATIO}x", param_hint="--budget")
         wishes.budget_ratio = float(ratio[1])
+        # Smaller is what is asked; how faithful it has to be is only where that is said, too.
+        wishes.most_kl, wishes.least_top1 = ANY_KL, 0.0
     if most_kl is not None:
         wishes.most_kl = most_kl
     if least_top1 is not None:
@@ -284,7 +309,8 @@ def _saved(node: str, asked: Asked, title: str, json: bool) -> None:
     target = node or config.node.name
     with connected(config) as bus:
         expect_service(bus, target, "model_runner")
-        found: SnapshotSaved = told(bus, target, asked(bus, target), title)
+        ask = asked(bus, target)
+        found: SnapshotSaved = told(bus, target, ask, title)
     if json:
         print_json(found)
         return
@@ -292,11 +318,13 @@ def _saved(node: str, asked: Asked, title: str, json: bool) -> None:
         print(printable(f"not {line}"))
     label = f"@{found.label}" if found.label else ""
     kept = f", {found.kept_tokens:,} of them kept" if found.kept_tokens and found.kept_tokens < found.tokens - 1 else ""
-    ratio = f", {found.ratio:.1f} times smaller than 16 bits a number" if found.ratio else ""
+    source = getattr(ask, "snapshot", "")
+    ratio = f", {found.ratio:.1f} times smaller than 16 bits a number" if found.ratio >= 1.05 else ""
     print(
         printable(
             f"{found.snapshot[:12]}  {found.conversation}{label}: {found.tokens:,} tokens{kept}, {found.codec}, "
             f"{found.size_bytes / 1e6:,.2f} MB{ratio}, in {found.took_ms:.0f} ms"
+            + (f", made of {source[:12]}" if source else "")
         )
     )
     if found.fidelity is not None:
@@ -305,12 +333,16 @@ def _saved(node: str, asked: Asked, title: str, json: bool) -> None:
 
 
 def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelResume, title: str) -> Any:
-    """The answer to a long ask, with a bar meanwhile. Ctrl-C gives up waiting: what is under way goes on there."""
+    """The answer to a long ask, with a bar meanwhile. Ctrl-C cancels it, and waits until nothing of it is left; a
+    second one gives up waiting. Raises typer.Exit then."""
+    from edge.cli.context import EXIT_INTERRUPTED
     from edge.cli.progress import phases
+    from protocol.errors import Cancelled, MindstreamError
     from protocol.ids import uuid7
-    from protocol.messages import SnapshotProgress
+    from protocol.messages import ModelCancel, SnapshotProgress
 
     ask.run = uuid7()
+    stopped = ""
     with phases(title) as on_phase:
 
         def show(message: Received) -> None:
@@ -318,10 +350,11 @@ def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelRe
             on_phase(said.phase, said.done_bytes, said.total_bytes)
 
         stop_hearing = bus.hear(SnapshotProgress, show, node=target, run=ask.run)
+        cancelled = False
         try:
             bus.wait_subscribed(5.0)
             answer = bus.ask_later(target, ask, ttl_ms=TTL_MS)
-            while True:
+            while not stopped:
                 try:
                     # With a timeout, so that Ctrl-C is heard.
                     return answer.result(timeout=0.2)
@@ -329,5 +362,18 @@ def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelRe
                     # AskExpired is the future's own error; this one is only our patience.
                     if answer.done():
                         raise
+                except Cancelled:
+                    if not cancelled:
+                        raise
+                    stopped = "stopped, nothing of it is kept"
+                except KeyboardInterrupt:
+                    try:
+                        cancelled = not cancelled and bus.ask(target, ModelCancel(ask.run), ttl_ms=5_000).found
+                    except (MindstreamError, KeyboardInterrupt):
+                        cancelled = False
+                    if not (cancelled or answer.done()):
+                        stopped = f"waited for no longer; it may go on at {target}"
         finally:
             stop_hearing()
+    print(f"{title}: {stopped}", file=sys.stderr)
+    raise typer.Exit(EXIT_INTERRUPTED)

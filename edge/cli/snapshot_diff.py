@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from edge.cli.context import JsonOption, print_json
@@ -23,28 +24,35 @@ def diff(first: IdArgument, second: IdArgument, json: JsonOption = False) -> Non
         print_json(found)
         return
     tokens, shared = found["tokens"], found["shared"]
-    lines = [f"{name}  {_line(found[name])}" for name in ("first", "second")]
-    lines += [f"{field}: {one} | {other}" for field, (one, other) in found["differs"].items()]
+    lines = [f"{name:6}  {_line(found[name])}" for name in ("first", "second")]
+    lines += [f"differ  {field}: {one} | {other}" for field, (one, other) in found["differs"].items()]
     if tokens is None:
-        lines.append(f"tokens cannot be compared: {found['not_readable']}")
+        lines.append(f"tokens  cannot be compared: {found['not_readable']}")
     else:
         part = "the same" if tokens["common"] == tokens["first"] == tokens["second"] else f"{tokens['common']:,} alike"
         lines.append(f"tokens  {part}; {tokens['first']:,} | {tokens['second']:,}")
     if found["text"]:
-        lines.append(f"they part in {found['text']['where']}: {found['text']['first']!r} | {found['text']['second']!r}")
+        lines.append(
+            f"text    they part in {found['text']['where']}: {found['text']['first']!r} | {found['text']['second']!r}"
+        )
     lines.append(
-        f"shared  {shared['blocks']:,} blocks at the beginning, {shared['chunks']:,} chunks, "
+        f"shared  {_many(shared['blocks'], 'block')} at the beginning, {_many(shared['chunks'], 'chunk')}, "
         f"{shared['bytes'] / 1e6:,.1f} MB"
     )
-    lines.append(f"origin  {found['relation'] or 'neither was made of the other'}")
+    lines.append(f"origin  {found['relation'] or 'neither comes from the other, as far as this node knows'}")
     for line in lines:
         print(printable(line))
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
+
+
 def _line(side: dict[str, Any]) -> str:
     label = f"@{side['label']}" if side["label"] else ""
+    kept = f", {side['kept_tokens']:,} of them kept" if side["kept_tokens"] < side["tokens"] - 1 else ""
     return (
-        f"{side['snapshot'][:12]}  {side['conversation']}{label}: {side['tokens']:,} tokens, {side['codec']}, "
+        f"{side['snapshot'][:12]}  {side['conversation']}{label}: {side['tokens']:,} tokens{kept}, {side['codec']}, "
         f"{side['size_bytes'] / 1e6:,.1f} MB, {side['fidelity']}; {', '.join(side['provenance'])}"
     )
 
@@ -88,7 +96,7 @@ def compare(node: Held, first: str, second: str) -> dict[str, Any]:
             "chunks": len(common),
             "bytes": sum(chunks[digest] for digest in common),
         },
-        "relation": _relation(one, other, first, second),
+        "relation": _relation(node.manifests(), first, second),
     }
 
 
@@ -144,11 +152,28 @@ def _messages(private: PrivatePart) -> list[str]:
     return [f"{each.get('role', '')}: {each.get('content', '')}" for each in messages if isinstance(each, dict)]
 
 
-def _relation(one: SnapshotManifest, other: SnapshotManifest, first: str, second: str) -> str:
-    if one.parent.hex() == second:
-        return "the second is the parent of the first"
-    if other.parent.hex() == first:
-        return "the first is the parent of the second"
-    if one.parent and one.parent == other.parent:
-        return f"both have the parent {one.parent.hex()[:12]}"
-    return ""
+def _relation(manifests: dict[str, SnapshotManifest], first: str, second: str) -> str:
+    """By their parents, as far back as this node holds them."""
+    if first == second:
+        return "the two are one"
+    ours, theirs = ([*_lineage(manifests, each)] for each in (first, second))
+    for name, line, other in (("second", ours, second), ("first", theirs, first)):
+        if other in line:
+            back = line.index(other)
+            child = "first" if name == "second" else "second"
+            return f"the {name} is the parent of the {child}" if back == 1 else f"the {child} comes from the {name}"
+    common = next((each for each in ours[1:] if each in theirs), "")
+    if not common:
+        return ""
+    both = ours.index(common) == theirs.index(common) == 1
+    return f"both have the parent {common[:12]}" if both else f"both come from {common[:12]}"
+
+
+def _lineage(manifests: dict[str, SnapshotManifest], identifier: str) -> Iterator[str]:
+    """It, its parent, and so on."""
+    seen: set[str] = set()
+    while identifier and identifier not in seen:
+        seen.add(identifier)
+        yield identifier
+        manifest = manifests.get(identifier)
+        identifier = manifest.parent.hex() if manifest is not None else ""

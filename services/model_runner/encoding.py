@@ -45,6 +45,11 @@ class Encoded(NamedTuple):
     tried: list[Tried]
 
 
+NO_BASIS = Tried(
+    Transform.name, "this node has no basis of the model: `mindstream snapshot calibrate` makes one, or fetches it"
+)
+
+
 def wanted_rungs(name: str, basis: Basis | None) -> list[Rung]:
     """Those to be tried for ``name``, the smallest first: all of them for ``auto``. Raises ModelError."""
     known = rungs(basis)
@@ -53,8 +58,14 @@ def wanted_rungs(name: str, basis: Basis | None) -> list[Rung]:
         needs = name == Transform.name
         raise ModelError(
             f"saving with the codec {name[:40]!r}: "
-            + ("this node has no basis of the model" if needs else "there is none of that name here"),
-            hint="`mindstream snapshot calibrate` makes one" if needs else f"use {AUTO}, tokens, {_names(known)}",
+            + (
+                "this node has no basis of the model that a trusted node has signed"
+                if needs
+                else "there is none of that name here"
+            ),
+            hint="`mindstream snapshot calibrate` makes one, with --from NODE it fetches that node's"
+            if needs
+            else f"use {AUTO}, tokens, {_names(known)}",
             field="codec",
             reason="no basis" if needs else "unknown codec",
         )
@@ -117,7 +128,7 @@ def encode(
             found = test.compare(decoded)
             del decoded
         kl, top1 = (found.mean_kl, found.top1) if found else (usual.mean_kl, usual.top1) if usual else (None, None)
-        reason = _falls_short(kl, top1, asked)
+        reason = falls_short(kl, top1, asked)
         if not reason:
             certificate = Certificate(
                 tested_tokens=found.tokens if found else 0,
@@ -141,7 +152,7 @@ def encode(
     )
 
 
-def _falls_short(kl: float | None, top1: float | None, asked: Asked | None) -> str:
+def falls_short(kl: float | None, top1: float | None, asked: Asked | None) -> str:
     """Why figures do not meet what is asked; empty when they do."""
     if asked is None:
         return ""

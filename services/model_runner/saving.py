@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ from protocol.messages import (
     ModelSnapshot,
     SnapshotAnnounce,
     SnapshotFidelity,
+    SnapshotProgress,
     SnapshotSaved,
     SnapshotWishes,
 )
@@ -41,14 +43,15 @@ from services.model_runner.codecs.basis import Basis
 from services.model_runner.codecs.ladder import Asked
 from services.model_runner.codecs.raw import Raw
 from services.model_runner.conversations import Conversation
-from services.model_runner.encoding import Encoded, encode, wanted_rungs
+from services.model_runner.encoding import AUTO, NO_BASIS, Encoded, encode, wanted_rungs
 from services.model_runner.engine import Engine, LayerState, Logits, ModelSpec, chunk_ends
 from services.model_runner.moments import Moment
 from services.model_runner.parking import Fetched
+from services.model_runner.pruning import PIECE_TOKENS as LOOK_TOKENS
 from services.model_runner.pruning import Seen, look
 from services.model_runner.rounds import Loaded
 from services.model_runner.shrinking import Shrunk, shrink
-from services.model_runner.telling import OnBytes, Say, silent, telling
+from services.model_runner.telling import OnBytes, Say, silent, telling, unless
 from services.model_runner.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -129,6 +132,8 @@ class Saving:
         self._say_progress = say_progress
         self._on_bytes: OnBytes = silent
         """For whoever asked for what is being done now; of the thread that saves alone."""
+        self._asked: dict[str, threading.Event] = {}
+        """Of each run that is waiting or under way: whether it is cancelled."""
         # One: each holds a copy of a KV cache until it is on the disk.
         self._thread = ThreadPoolExecutor(1, "snapshot saver")
         self._syncer = ThreadPoolExecutor(1, "snapshot syncer")
@@ -157,17 +162,32 @@ class Saving:
         return self.later(lambda: self._save(ask, started_s), ask.run)
 
     def later(self, work: Callable[[], T], run: str = "") -> Future[T]:
-        """Do ``work`` on the thread that saves: one copy of a cache at a time is in memory. How far ``write`` is is
-        said under ``run``."""
+        """Do ``work`` on the thread that saves: one copy of a cache at a time is in memory. How far it is is said under
+        ``run``, by which it can be cancelled: it then raises Cancelled."""
+        cancelled = threading.Event()
+        on_bytes = unless(cancelled, telling(run, self._say_progress))
 
         def do() -> T:
-            self._on_bytes = telling(run, self._say_progress)
+            self._on_bytes = on_bytes
             try:
+                on_bytes("wait", 0, 0)
                 return work()
             finally:
                 self._on_bytes = silent
+                if run:
+                    self._asked.pop(run, None)
 
+        if run:
+            self._asked[run] = cancelled
+            self._say_progress(run, SnapshotProgress("wait", 0, 0))  # another may be under way
         return self._thread.submit(do)
+
+    def cancel(self, run: str) -> bool:
+        """Stop a save or a transcode as soon as may be, nothing of it being kept; whether there was one."""
+        found = self._asked.get(run)
+        if found is not None:
+            found.set()
+        return found is not None
 
     def _save(self, ask: ModelSnapshot, started_s: float) -> SnapshotSaved:
         wishes = self.wishes(ask.wishes)
@@ -235,6 +255,7 @@ class Saving:
         self, ask: ModelSnapshot, wishes: SnapshotWishes
     ) -> tuple[Conversation, snapshot.Copied, Engine]:
         """Copy a conversation once its tokens have been read: at once where they are, else they are read in pieces."""
+        on_bytes = self._on_bytes
 
         def copy(loaded: Loaded) -> tuple[Conversation, snapshot.Copied, Engine] | None:
             conversation = loaded.conversations.get(ask.conversation)
@@ -253,6 +274,7 @@ class Saving:
                 state = loaded.conversations.get(ask.conversation).state
                 start = state.cache.length
                 end = chunk_ends(start, len(state.tokens) - 1, engine.chunk_tokens)[0]
+                on_bytes("read", start, len(state.tokens) - 1)
                 engine.prefill(state.cache, state.tokens[start:end])
                 yield
 
@@ -322,8 +344,9 @@ class Saving:
         inherited, against = _inherited(source)
         if copied.tokens_only or (wishes.codec == Raw.name and inherited is None):
             return None
-        candidates = wanted_rungs(wishes.codec, self.find_basis(engine.spec, b""))
-        return encode(
+        basis = self.find_basis(engine.spec, b"")
+        candidates = wanted_rungs(wishes.codec, basis)
+        encoded = encode(
             engine,
             copied,
             candidates,
@@ -333,6 +356,7 @@ class Saving:
             inherited=inherited,
             tested=wishes.test,
         )
+        return _without_basis(encoded) if basis is None and wishes.codec == AUTO else encoded
 
     def shrink(
         self,
@@ -346,16 +370,29 @@ class Saving:
             return Shrunk(copied, self.encode(engine, copied, wishes, source), {})
         tokens = copied.tokens[:-1]
 
+        on_bytes = self._on_bytes
+
         def look_at(layers: Sequence[LayerState], needs: frozenset[str]) -> Seen:
-            return self._worker.in_pieces(
-                lambda loaded: look(
-                    loaded.engine, tokens, layers, [loaded.chat.piece(token) for token in tokens], needs
-                )
-            ).result()
+            def looking(loaded: Loaded) -> Generator[None, None, Seen]:
+                pieces = [loaded.chat.piece(token) for token in tokens]
+                looked, found = 0, look(loaded.engine, tokens, layers, pieces, needs)
+                try:
+                    while True:
+                        next(found)
+                        looked += LOOK_TOKENS
+                        on_bytes("look", looked, 0)
+                        yield
+                except StopIteration as stopped:
+                    seen: Seen = stopped.value
+                    return seen
+                finally:
+                    found.close()
+
+            return self._worker.in_pieces(looking).result()
 
         basis = self.find_basis(engine.spec, b"")
         inherited, against = _inherited(source)
-        return shrink(
+        shrunk = shrink(
             engine,
             copied,
             wishes,
@@ -365,9 +402,13 @@ class Saving:
             against=against,
             inherited=inherited,
         )
+        if basis is None and shrunk.encoded is not None and (wishes.codec == AUTO or wishes.budget_ratio):
+            return shrunk._replace(encoded=_without_basis(shrunk.encoded))
+        return shrunk
 
     def _read(self, layers: Sequence[LayerState], tokens: Sequence[int]) -> Array:
         """As ``codecs.ladder.read_after``, between the rounds of those that are being answered."""
+        on_bytes = self._on_bytes
 
         def read(loaded: Loaded) -> Generator[None, None, Array]:
             engine = loaded.engine
@@ -376,6 +417,7 @@ class Saving:
                 rows = []
                 for start in range(0, len(tokens), PIECE_TOKENS):
                     yield
+                    on_bytes("test", start, len(tokens))
                     rows.append(engine.read(cache, tokens[start : start + PIECE_TOKENS]))
                 return np.concatenate(rows)
             finally:
@@ -480,6 +522,11 @@ class Saving:
         except MindstreamError:
             return True  # who has it stood there
         return known_to_others(parent, copied.key.id, self._context.peers.keyring())
+
+
+def _without_basis(encoded: Encoded) -> Encoded:
+    """As it was encoded without the smallest codec, which is said: its basis may be had."""
+    return encoded._replace(tried=[*encoded.tried, NO_BASIS])
 
 
 def _inherited(source: SnapshotManifest | None) -> tuple[Certificate | None, str]:

@@ -172,6 +172,7 @@ class ModelRunner(Service):
         self.offering = Offering(self.context, self.worker, self.saving, self.costs)
         self.stepping = Stepping(self.worker, self._report)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
+        self._readers = ThreadPoolExecutor(1, "timeline reader")
 
     def started(self) -> None:
         self.blob_bus.start(timeout_s=None)
@@ -194,6 +195,7 @@ class ModelRunner(Service):
         self.stepping.stop()
         self.variants.stop()
         self._digesters.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self.sender.stop()
         self.mailbox.close()
         self.blob_bus.stop()
@@ -376,8 +378,9 @@ class ModelRunner(Service):
 
     @hears(ModelCancel)
     def cancel(self, message: Received) -> ModelCancelled:
-        """Stop a run after its current token."""
-        return ModelCancelled(found=self.worker.cancel(message.data.run))
+        """Stop a run after its current token; or a save or a transcode, of which nothing is kept."""
+        run = message.data.run
+        return ModelCancelled(found=self.worker.cancel(run) or self.saving.cancel(run))
 
     def _say_token(self, run: str, token: RunToken) -> None:
         """On the worker's thread."""
@@ -451,10 +454,11 @@ class ModelRunner(Service):
 
     @hears(SnapshotTimelineAsk)
     def points(self, message: Received) -> Deferred:
-        """The points that a conversation can return to, on the thread that saves: it reads the disk."""
+        """The points that a conversation can return to, on a thread of its own: it reads the disk, and waits for no
+        save."""
         loaded = self.worker.loaded
         decode = loaded.chat.decode if loaded is not None else None
-        return _deferred(self.saving.later(lambda: self.timeline.ask(message.data.conversation, decode)))
+        return _deferred(self._readers.submit(self.timeline.ask, message.data.conversation, decode))
 
     @hears(ModelResume)
     def resume(self, message: Received) -> Deferred:

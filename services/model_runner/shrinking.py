@@ -14,7 +14,7 @@ from protocol.messages import SnapshotWishes
 from services.model_runner.blocks import encode_part
 from services.model_runner.codecs.base import block_layouts
 from services.model_runner.codecs.ladder import Asked, Fidelity, ReadAfter, Test
-from services.model_runner.encoding import AUTO, Encoded, Rung, Tried, decode, encode
+from services.model_runner.encoding import AUTO, Encoded, Rung, Tried, decode, encode, falls_short
 from services.model_runner.engine import NO_POSITIONS, Engine, LayerState
 from services.model_runner.fitting import Fit, fit_budget
 from services.model_runner.positions import Positions, positions_of, prune
@@ -89,6 +89,7 @@ def shrink(
             whole=whole,
         )
         best = fitted.best
+        _check_faithful(copied, best, wishes)
         layers = layers if best.kept is None else prune(layers, best.kept)
         pruned = with_layers(copied, layers)
         layouts = block_layouts(engine.spec, len(copied.tokens) - 1, pruned.kept)
@@ -105,6 +106,22 @@ def shrink(
             found = test.compare(decode(pruned, encoded.codec, encoded.parts)) if test is not None else None
             encoded = encoded._replace(certificate=_certificate(found, against))
     return Shrunk(pruned, encoded, _statement(whole, layers, wish, pruner))
+
+
+def _check_faithful(copied: Copied, best: Fit, wishes: SnapshotWishes) -> None:
+    """Raises ModelError where the most faithful pair is less so than asked."""
+    figures = best.fidelity or best.usual
+    kl, top1 = (figures.mean_kl, figures.top1) if figures else (None, None)
+    short = "" if best.exact else falls_short(kl, top1, Asked(wishes.most_kl, wishes.least_top1))
+    if short:
+        raise ModelError(
+            f"saving {copied.conversation} {wishes.budget_ratio:g} times smaller: the most faithful way ({best}) is "
+            f"less so than asked: {short}",
+            hint="ask for less, of size or of fidelity; where there is no basis for the smallest codec, "
+            "`mindstream snapshot calibrate` makes one",
+            field="wishes.budget_ratio",
+            reason="not faithful enough",
+        )
 
 
 def _best(engine: Engine) -> Pruner:

@@ -1,17 +1,23 @@
-"""Telling whoever asked how far a long save or fetch has come. What is said may be dropped: the answer comes anyway."""
+"""Telling whoever asked how far a long save or fetch has come. What is said may be dropped: the answer comes anyway.
+
+Who says how far he is hears, too, that nobody waits any more: ``OnBytes`` may raise Cancelled.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
+from protocol.errors import Cancelled
 from protocol.messages import SnapshotProgress
 
 EVERY_S = 0.2
 
 Phase = str
 OnBytes = Callable[[Phase, int, int], None]
-"""Called with what is being done, the bytes that are done, and those of all."""
+"""Called with what is being done, the bytes (of ``read``, ``look`` and ``test``: tokens) that are done, and those of
+all; it raises Cancelled when it is to end."""
 Say = Callable[[str, SnapshotProgress], None]
 """Called with the run and what is to be said of it; it must not take long."""
 
@@ -34,5 +40,18 @@ def telling(run: str, say: Say) -> OnBytes:
             return
         phase_now, said_s = phase, now_s
         say(run, SnapshotProgress(phase, done_bytes, max(done_bytes, total_bytes)))
+
+    return on_bytes
+
+
+def unless(cancelled: threading.Event, tell: OnBytes) -> OnBytes:
+    """As ``tell``, until ``cancelled`` is set."""
+
+    def on_bytes(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        if cancelled.is_set():
+            raise Cancelled(
+                "saving a snapshot: who asked for it has cancelled it", hint="nothing of it is kept", reason="cancelled"
+            )
+        tell(phase, done_bytes, total_bytes)
 
     return on_bytes

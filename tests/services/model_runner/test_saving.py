@@ -19,10 +19,11 @@ from edge.db import Database
 from edge.keys import Peers
 from edge.service import Context
 from edge.snapshot_store import SnapshotStore
-from protocol.errors import ModelError, NotFound, SnapshotRefused, StorageError
+from protocol.errors import Cancelled, ModelError, NotFound, SnapshotRefused, StorageError
 from protocol.identity import Identity
+from protocol.ids import uuid7
 from protocol.manifest import open_manifest, snapshot_id
-from protocol.messages import ModelSnapshot, SnapshotSaved, SnapshotTranscode, SnapshotWishes
+from protocol.messages import ModelSnapshot, SnapshotProgress, SnapshotSaved, SnapshotTranscode, SnapshotWishes
 from protocol.provenance import read_chain
 from protocol.sharing import Opened, open_snapshot
 from services.model_runner import moments, snapshot
@@ -184,7 +185,7 @@ def test_auto_takes_the_smallest_rung_that_is_faithful_enough_and_says_what_it_m
     assert stricter.tried[0].startswith("rotated4: mean KL")
     exact = node.save("talk", codec="auto", most_kl=0.0, least_top1=1.0)
     assert (exact.codec, exact.fidelity) == ("lossless", None)
-    assert [line.partition(":")[0] for line in exact.tried] == ["rotated4", "int8"]
+    assert [line.partition(":")[0] for line in exact.tried] == ["rotated4", "int8", "transform"]
 
 
 def self_certificate(node: Node, saved: SnapshotSaved) -> Any:
@@ -302,6 +303,28 @@ def test_a_full_disk_leaves_nothing_half_done_and_the_next_save_is_whole(
     assert chunk_files(node) == before
     monkeypatch.undo()
     assert node.resumed(first.snapshot).how == "exact"
+    assert node.resumed(node.save("talk").snapshot).how == "exact"
+
+
+@pytest.mark.parametrize("phase", ["wait", "look", "test", "write"])
+def test_a_save_that_is_cancelled_leaves_nothing_and_the_next_one_is_whole(node: Node, phase: str) -> None:
+    node.answer("talk", "a pot by the door " * 12)
+    run = uuid7()
+    said: list[SnapshotProgress] = []
+
+    def say(run: str, progress: SnapshotProgress) -> None:
+        said.append(progress)
+        if progress.phase == phase:
+            assert node.saving.cancel(run)
+
+    node.saving._say_progress = say
+    wishes = SnapshotWishes("int8", prune="heavy:0.5", **ANY)
+    with pytest.raises(Cancelled):
+        node.saving.save(ModelSnapshot("talk", wishes=wishes, run=run)).result(WAIT_S)
+    assert said[-1].phase == phase
+    assert node.store.identifiers() == []
+    assert chunk_files(node) == set()
+    assert not node.saving.cancel(run)
     assert node.resumed(node.save("talk").snapshot).how == "exact"
 
 

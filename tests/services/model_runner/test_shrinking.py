@@ -72,7 +72,7 @@ def test_a_snapshot_is_pruned_with_its_way_and_the_first_one_stays(node: Node) -
 @pytest.mark.parametrize("ratio", [3.0, 7.0])
 def test_a_budget_is_met_and_what_was_tried_is_told(node: Node, ratio: float) -> None:
     node.answer("talk", PROMPT)
-    saved = node.save("talk", budget_ratio=ratio)
+    saved = node.save("talk", budget_ratio=ratio, **ANY)
     assert saved.ratio >= ratio
     assert saved.fidelity is not None
     assert saved.fidelity.tested_tokens > 0
@@ -83,9 +83,18 @@ def test_a_budget_is_met_and_what_was_tried_is_told(node: Node, ratio: float) ->
     assert np.isfinite(logits).all()
 
 
+def test_a_budget_that_costs_more_than_is_allowed_is_refused_with_its_figures(node: Node) -> None:
+    node.answer("talk", PROMPT)
+    before = node.store.identifiers()
+    with pytest.raises(ModelError, match="mean KL") as caught:
+        node.save("talk", budget_ratio=7.0, most_kl=1e-9)
+    assert caught.value.reason == "not faithful enough"
+    assert node.store.identifiers() == before
+
+
 def test_a_pruner_and_a_rung_can_be_named_for_a_budget(node: Node) -> None:
     node.answer("talk", PROMPT)
-    saved = node.save("talk", codec="rotated4", prune="window:0.8", budget_ratio=6.0)
+    saved = node.save("talk", codec="rotated4", prune="window:0.8", budget_ratio=6.0, **ANY)
     assert saved.codec == "rotated4"
     assert saved.ratio >= 6
     assert saved.kept_tokens < 0.8 * saved.tokens
@@ -98,10 +107,10 @@ def test_an_engine_without_explicit_positions_prunes_nothing(node: Node, monkeyp
     with pytest.raises(ModelError) as caught:
         node.save("talk", prune="heavy:0.5")
     assert (caught.value.field, caught.value.reason) == ("wishes.prune", "no explicit positions")
-    saved = node.save("talk", budget_ratio=3.0)
+    saved = node.save("talk", budget_ratio=3.0, **ANY)
     assert (saved.codec, saved.kept_tokens) == ("rotated4", 0)
     with pytest.raises(ModelError, match="no rung"):
-        node.save("talk", budget_ratio=50.0)
+        node.save("talk", budget_ratio=50.0, **ANY)
 
 
 def test_a_wish_that_cannot_be_read_saves_nothing(node: Node) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -194,7 +195,26 @@ def test_how_far_it_is_is_said_to_who_asks(site: Site) -> None:
     site.bus.ask("tomato", ModelSnapshot(name, run=run), ttl_ms=TTL_MS)
     wait_for(lambda: told and told[-1].done_bytes == told[-1].total_bytes > 0, "nothing was said")
     stop_hearing()
-    assert {each.phase for each in told} == {"write"}
+    assert {each.phase for each in told} == {"wait", "write"}
+
+
+def test_ctrl_c_stops_a_save_and_nothing_of_it_stays(site: Site) -> None:
+    name, busy = new("garden"), threading.Event()
+    site.say(name, "hello")
+    saving = site.runners["tomato"].saving
+    before = saving.later(lambda: busy.wait(DEADLINE_S))
+    try:
+        with Terminal(site.command("save", name)) as terminal:
+            terminal.expect("wait")
+            terminal.type("\x03")
+            wait_for(lambda: any(each.is_set() for each in list(saving._asked.values())), "it was not cancelled")
+            busy.set()
+            terminal.expect("stopped, nothing")
+            assert terminal.process.wait(DEADLINE_S) == 130
+    finally:
+        busy.set()
+    assert before.result(DEADLINE_S)
+    assert site.json("timeline", name)["moments"] == []
 
 
 @pytest.mark.parametrize(
@@ -203,6 +223,9 @@ def test_how_far_it_is_is_said_to_who_asks(site: Site) -> None:
         (["save", "nowhere"], 4, "none of that name"),
         (["save", "garden", "--codec", "zip"], 2, "none of auto"),
         (["save", "garden", "--budget", "small"], 2, "no ratio"),
+        (["save", "garden", "--budget", "0.5x"], 2, "no ratio from 1x"),
+        (["save", "Garden!"], 2, "no conversation's name"),
+        (["resume", "garden", "--as", "Garden!"], 2, "no conversation's name"),
         (["prune", "abc"], 2, "which positions"),
         (["resume", "feed" * 16], 4, "does not hold it"),
         (["resume", "garden@nothing"], 4, "does not hold it"),
