@@ -218,6 +218,10 @@ class Keyring:
         """Node name to fingerprint, a copy."""
         return dict(self._fingerprints)
 
+    def fingerprint(self, node: str) -> str:
+        """Of a node's key; empty when it is not trusted."""
+        return self._fingerprints.get(node, "")
+
     def verify(self, node: str, domain: bytes, payload: bytes, signature: bytes) -> None:
         """Raises UnknownPeer when ``node`` is not trusted, BadSignature when it did not sign ``payload``."""
         key = self._keys.get(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,29 @@ def bases_folder(cache: Path | None = None) -> Path:
     return (cache or default_cache_folder()) / "bases"
 
 
+class _Known:
+    """What was found out of the file at its last change."""
+
+    def __init__(self, stamp: tuple[int, int], signed: SignedBasis) -> None:
+        self.stamp = stamp
+        self.signed = signed
+        self.manifest = msgspec.msgpack.decode(signed.manifest, type=BasisManifest)
+        self.trusted: set[str] = set()
+        """Fingerprints that its signature was checked by."""
+
+    def trust(self, keyring: Keyring) -> None:
+        """Raises as ``open_basis``."""
+        fingerprint = keyring.fingerprint(self.manifest.creator)
+        if not fingerprint or fingerprint not in self.trusted:
+            open_basis(self.signed, keyring)
+            self.trusted.add(fingerprint)
+
+
+_SETTLED_NS = 2_000_000_000
+"""A folder that was changed less than this ago is looked into again: its time of change may stand still for as long."""
 _lock = threading.Lock()
-_manifests: dict[Path, tuple[tuple[int, int], SignedBasis, BasisManifest]] = {}
+_listed: dict[Path, tuple[int, list[Path]]] = {}
+_manifests: dict[Path, _Known] = {}
 _parsed: dict[tuple[bytes, ModelDigests], Basis | None] = {}
 """By the file's BLAKE3 and the model; None for one that cannot be used, so that it is said once."""
 
@@ -101,27 +123,35 @@ def find_basis(
 def here(folder: Path, keyring: Keyring | None = None) -> list[Found]:
     """All in ``folder``, the newest first; with ``keyring``, those that trusted nodes signed."""
     found = []
-    try:
-        paths = sorted(folder.glob(f"*{BASIS_SUFFIX}"))
-    except OSError:
-        return []
-    for path in paths:
+    for path in _paths(folder):
         beside = path.with_suffix(SIGNED_SUFFIX)
         try:
             status = beside.stat()
             stamp = status.st_mtime_ns, status.st_size
-            kept = _manifests.get(beside)
-            if kept is None or kept[0] != stamp:
-                signed = msgspec.msgpack.decode(beside.read_bytes(), type=SignedBasis)
-                manifest = msgspec.msgpack.decode(signed.manifest, type=BasisManifest)
-                kept = _manifests[beside] = stamp, signed, manifest
+            known = _manifests.get(beside)
+            if known is None or known.stamp != stamp:
+                known = _Known(stamp, msgspec.msgpack.decode(beside.read_bytes(), type=SignedBasis))
+                _manifests[beside] = known
             if keyring is not None:
-                open_basis(kept[1], keyring)
+                known.trust(keyring)
+            found.append((path.stat().st_mtime_ns, Found(path, known.signed, known.manifest)))
         except _NOT_USABLE as error:
             log.debug("%s is passed over: %s", path, error)
-            continue
-        found.append(Found(path, kept[1], kept[2]))
-    return sorted(found, key=lambda each: each.path.stat().st_mtime_ns, reverse=True)
+    return [each for _, each in sorted(found, key=lambda dated: dated[0], reverse=True)]
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files there, by name."""
+    try:
+        changed_ns = folder.stat().st_mtime_ns
+        known = _listed.get(folder)
+        if known is None or known[0] != changed_ns:
+            known = changed_ns, sorted(folder.glob(f"*{BASIS_SUFFIX}"))
+            if time.time_ns() - changed_ns > _SETTLED_NS:
+                _listed[folder] = known
+        return known[1]
+    except OSError:
+        return []
 
 
 def keep_basis(signed: SignedBasis, data: bytes, folder: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_what_nobody_signed_or_a_stranger_or_was_changed_is_not_used(
     assert here(tmp_path) == []
     path.with_suffix(".signed").unlink()
     assert here(tmp_path) == []
+
+
+def test_a_folder_that_rests_is_looked_into_again_when_it_or_the_trust_changes(
+    engine: TransformersEngine, signed: SignedBasis, data: bytes, tmp_path: Path
+) -> None:
+    path = keep_basis(signed, data, tmp_path)
+    os.utime(tmp_path, (1, 1))
+    for _ in range(2):
+        assert [found.path for found in here(tmp_path, KEYRING)] == [path]
+    assert here(tmp_path, Keyring()) == []
+    assert here(tmp_path, Keyring({"tomato": MALLORY.fingerprint})) == []
+    assert [found.path for found in here(tmp_path, KEYRING)] == [path]
+    other = keep_basis(sign_basis(TOMATO, "other", engine.spec.digests, data + b"\xc0"), data + b"\xc0", tmp_path)
+    assert {found.path for found in here(tmp_path, KEYRING)} == {path, other}
+    other.unlink()
+    assert [found.path for found in here(tmp_path, KEYRING)] == [path]
 
 
 class Site:
