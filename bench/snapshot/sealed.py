@@ -84,10 +84,19 @@ def _round_trip(engine: Engine, state: GenerationState, codec: Codec) -> tuple[f
 
 
 def _restored(engine: Engine, packed: snapshot.Packed, key: DataKey) -> snapshot.Unpacked:
-    refs = packed.manifest.chunks
-    spread(lambda index: verify_chunk(refs[index], packed.chunks[index], index=index), range(len(refs)))
-    private = open_private(packed.manifest, key)
-    return snapshot.restore(engine, snapshot.read(engine, packed.manifest, private, key, packed.chunks, lossy=True))
+    """As a resume does it (``services.model_runner.taking``): into the engine's own memory where it opens that."""
+    manifest, chunks, refs = packed.manifest, packed.chunks, packed.manifest.chunks
+    private = open_private(manifest, key)
+    capacity = snapshot.capacity_of(engine, manifest, private)
+    cache, layers = engine.open_cache(manifest.cached_tokens, capacity) or (None, None)
+    taken = snapshot.intake(engine, manifest, private, key, layers=layers)
+
+    def take(index: int) -> None:
+        verify_chunk(refs[index], chunks[index], index=index)
+        taken.put(index, chunks[index])
+
+    spread(take, range(len(refs)))
+    return snapshot.restore(engine, snapshot.read_taken(engine, manifest, private, taken, cache=cache))
 
 
 def _store(engine: Engine, state: GenerationState) -> Figures:

@@ -175,6 +175,11 @@ class FullLayer(_Layer):
         self.restore(keys, values, (), seen_tokens)
         self._kept, self._kept_of = positions.copy(), seen_tokens
 
+    def open(self, tokens: int) -> None:
+        """Have so many rows, which somebody else writes; the layer must be empty."""
+        self.reserve(tokens)
+        self._rows = self.seen_tokens = tokens
+
     def reserve(self, new_tokens: int) -> None:
         needed = self._rows + new_tokens
         if needed <= self.key_storage.shape[2]:

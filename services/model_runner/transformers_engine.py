@@ -321,6 +321,18 @@ class TransformersEngine(Engine):
                     layer.restore(keys, values, recurrent, state.seen_tokens)
         return cache
 
+    def open_cache(self, tokens: int, capacity_tokens: int) -> tuple[KVCache, list[LayerState]] | None:
+        # Of a GPU's memory there are no views, and of other layers more is to be set than rows.
+        plain = all(spec.kind == "full" and spec.kv_heads and not spec.states for spec in self.spec.layers)
+        if self._device.type != "cpu" or not plain or tokens > capacity_tokens:
+            return None
+        cache = self.new_cache(capacity_tokens)
+        with torch.inference_mode(), self._memory_errors("restoring a KV cache", tokens):
+            for layer in cache.layers:
+                assert isinstance(layer, FullLayer)
+                layer.open(tokens)
+        return cache, self.export_layers(cache)
+
     def import_computing(
         self,
         layers: Sequence[LayerState],

@@ -105,6 +105,25 @@ def test_an_exported_cache_goes_on_bit_for_bit(small_model: Path, prompt_tokens:
         np.testing.assert_array_equal(engine.step(resumed, token), engine.step(cache, token))
 
 
+@pytest.mark.parametrize("prompt_tokens", [1, 300, 700])
+def test_a_cache_that_was_written_from_outside_goes_on_bit_for_bit(
+    engine: TransformersEngine, small_models: dict[str, Path], prompt_tokens: int
+) -> None:
+    cache = engine.new_cache(1024)
+    engine.prefill(cache, TOKENS[:prompt_tokens])
+    found = engine.open_cache(prompt_tokens, 1024)
+    assert found is not None
+    opened, layers = found
+    for own, layer in zip(engine.export_layers(cache), layers, strict=True):
+        layer.keys[:], layer.values[:] = own.keys, own.values
+    opened.written()
+    assert (opened.length, opened.allocated_bytes) == (cache.length, cache.allocated_bytes)
+    for token in TOKENS[prompt_tokens : prompt_tokens + 4]:
+        assert np.array_equal(engine.step(opened, token), engine.step(cache, token))
+    assert engine.open_cache(1025, 1024) is None
+    assert load(small_models["gemma3"]).open_cache(8, 64) is None, "a window has more to it than rows"
+
+
 def test_two_caches_do_not_see_each_other(engine: TransformersEngine) -> None:
     alone, first, second = (engine.new_cache(64) for _ in range(3))
     expected = [engine.step(alone, token) for token in TOKENS[:20]]
