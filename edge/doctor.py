@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import queue
 import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,16 +30,20 @@ from edge.model_pull import pulled_bytes
 from edge.model_registry import default_cache_folder, model_named
 from edge.models import check_sizes, find, is_path
 from edge.node_lock import running_in
+from edge.pool_files import PoolFiles, open_files
+from edge.pool_store import ENTRIES, LEAST_FREE_BYTES
 from edge.power import find_meter, visible_gpu
 from edge.process import free_bytes
 from edge.service_table import BY_NAME, SERVICES, missing_packages
 from edge.supervisor import MIN_FREE_BYTES
 from edge.thermal import Thermometer
-from protocol.errors import BrokerError, MindstreamError, ModelUnavailable, NotConnected
+from protocol.errors import BrokerError, MindstreamError, ModelUnavailable, NotConnected, StorageError
 from protocol.identity import fingerprint_of
+from protocol.ids import uuid7
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 LOW_FREE_BYTES = 1024**3
+POOL_WAIT_S = 15.0
 """Snapshots are tens of megabytes each: with less than this a node is soon full."""
 CONVERTED_RATIO = 3
 """A converted model's size to its GGUF's: 2.8 measured for SmolLM2's Q4_1, 2.3 for Gemma's Q4_K_M."""
@@ -332,6 +338,74 @@ def _hardware(_config: Config) -> Check:
     return Check("machine", OK, f"{found.cpu_model or found.arch}, {found.cores} CPUs{memory}, {bf16}, {gpu}")
 
 
+def _pool(config: Config) -> Check:
+    if not config.pool.enabled or "model_runner" not in config.service_names():
+        return Check("pool", OK, "not used here")
+    folder = config.node.folder() / "model_runner" / "pool"
+    files = open_files(config.pool.url, folder)
+    try:
+        entries = _try_pool(files, None if config.pool.url else folder)
+    except MindstreamError as error:
+        # Nothing depends on it: prompts are read.
+        return Check("pool", WARNING, error.message, error.hint or LOOK_IT_UP)
+    found = (
+        f"{files.where}: {len(entries)} entries, {sum(entries.values()) / 1e6:.1f} MB of {config.pool.most_mib:,} MiB"
+    )
+    if not config.pool.url:
+        free = free_bytes(next(path for path in (folder, *folder.parents) if path.exists()))
+        if free < LEAST_FREE_BYTES:
+            return Check(
+                "pool",
+                WARNING,
+                f"{found}; {free / 1e6:.0f} MB of the disk are free, and it leaves {LEAST_FREE_BYTES / 1e6:.0f} MB",
+                "free some space there, or set pool.url to another place",
+            )
+    return Check("pool", OK, found)
+
+
+def _try_pool(files: PoolFiles, folder: Path | None) -> dict[str, int]:
+    """Names and sizes of the pool's entries, once a file was written, read and removed there. Raises StorageError.
+
+    ``folder``: where it is on this machine; it may still have to be made.
+    """
+    if folder is not None:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        doing = f"writing into {place} (for the pool)"
+        with storage_errors(doing), tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+        return files.list(ENTRIES)
+    answers: queue.SimpleQueue[dict[str, int] | BaseException] = queue.SimpleQueue()
+
+    def ask() -> None:
+        name = str(uuid7())
+        try:
+            files.write("checks", name, [b"mindstream doctor"])
+            files.read("checks", name)
+            files.remove("checks", name)
+            answers.put(files.list(ENTRIES))
+        except BaseException as error:  # noqa: BLE001 - raised by who waits
+            answers.put(error)
+
+    # Some backends wait for minutes. The thread ends with the process.
+    threading.Thread(target=ask, name="pool check", daemon=True).start()
+    try:
+        found = answers.get(timeout=POOL_WAIT_S)
+    except queue.Empty:
+        raise StorageError(
+            f"trying the pool at {files.where}: nothing was answered for {POOL_WAIT_S:g} s",
+            hint="is pool.url right and reachable? prompts are read meanwhile",
+            reason="no answer",
+        ) from None
+    if isinstance(found, MindstreamError):
+        raise found
+    if isinstance(found, BaseException):
+        raise StorageError(
+            f"trying the pool at {files.where}: {found}", hint="is pool.url right?", reason=str(found)
+        ) from found
+    return found
+
+
 def _energy(_config: Config) -> Check:
     meter = find_meter(gpu=visible_gpu(0) if describe().cuda else None)
     if meter.sensor:
@@ -372,6 +446,7 @@ _CHECKS: dict[str, Callable[[Config], Check]] = {
     "broker configuration": _broker_configuration,
     "model": _model,
     "endpoint": _gateway,
+    "pool": _pool,
     "machine": _hardware,
     "energy": _energy,
     "heat": _heat,

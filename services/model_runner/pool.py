@@ -325,6 +325,7 @@ class Pool:
             if now_s >= self._next_key_s.get(node, 0.0):
                 self._next_key_s[node] = now_s + KEY_RETRY_S
                 self._ask_for_key(node)
+        self.peers.news.update(self._putting.to_audit_again())
         while self.peers.news:
             self._putting.audit(self.peers.news.pop())
         if self._site.store.changes != self._announced_changes and now_s >= self._next_announce_s:

@@ -49,6 +49,8 @@ class Announced(NamedTuple):
 
     key_id: bytes
     names: frozenset[bytes]
+    before: frozenset[bytes] = frozenset()
+    """What it had said before that. Left out now, it may be set aside, which who has read it may change."""
 
 
 class Bundle:
@@ -144,7 +146,9 @@ class PoolPeers:
         if message.node == self._node or message.node not in self._context.peers.keyring():
             return
         names = (said.names[at : at + SHORT_NAME_BYTES] for at in range(0, len(said.names), SHORT_NAME_BYTES))
-        self._announced[message.node] = Announced(said.key_id, frozenset(names))
+        last = self._announced.get(message.node)
+        before = last.names if last is not None and last.key_id == said.key_id else frozenset[bytes]()
+        self._announced[message.node] = Announced(said.key_id, frozenset(names), before)
         self._away_until_s.pop(message.node, None)
         if self._keys.by_id(said.key_id) is None:
             self.no_key_of.add(message.node)
@@ -165,20 +169,25 @@ class PoolPeers:
             if key is None or node not in keyring or self._away_until_s.get(node, 0.0) > now_s:
                 continue
             stop = first
-            while stop < len(names) and self._says(node, key, announced, names[stop]):
+            while stop < len(names) and self._says(node, key, announced.names, names[stop]):
                 stop += 1
             if stop > first:
                 found[node] = stop
         return found
 
-    def _says(self, node: str, key: GroupKey, announced: Announced, names: Sequence[bytes]) -> bytes | None:
-        return next((name for name in names if key.short_name(node, name) in announced.names), None)
+    def _says(self, node: str, key: GroupKey, said: frozenset[bytes], names: Sequence[bytes]) -> bytes | None:
+        return next((name for name in names if key.short_name(node, name) in said), None)
 
-    def name_at(self, node: str, names: Sequence[bytes]) -> bytes | None:
-        """By which of its ``names`` a node announced a block; None when it did not."""
+    def name_at(self, node: str, names: Sequence[bytes], *, lately: bool = False) -> bytes | None:
+        """By which of its ``names`` a node announced a block; None when it did not.
+
+        ``lately``: also by what it announced before its last word.
+        """
         announced = self._announced.get(node)
         key = self._keys.by_id(announced.key_id) if announced is not None else None
-        return self._says(node, key, announced, names) if announced is not None and key is not None else None
+        if announced is None or key is None:
+            return None
+        return self._says(node, key, announced.names | announced.before if lately else announced.names, names)
 
     def announce(self, names: Sequence[bytes]) -> None:
         """Say what this node holds, if it is anything new. Raises MindstreamError."""
@@ -244,7 +253,11 @@ class PoolPeers:
     # --- entries --------------------------------------------------------------------------------------------
 
     def answer(self, message: Received) -> PoolEntries:
-        """The entries of these names that this node holds and has not set aside; reads files. Raises UnknownPeer."""
+        """The entries of these names that this node holds, with what is said of them; reads files. Raises UnknownPeer.
+
+        Those set aside too: the asker judges by what is said, and who has read the same can only speak for them when
+        it sees them. Else the first to speak against an entry would have the last word.
+        """
         ask: PoolEntriesAsk = message.data
         keyring = self._context.peers.keyring()
         if message.node not in keyring:
@@ -259,8 +272,6 @@ class PoolPeers:
         size_bytes = 0
         for at in range(0, len(ask.names) - NAME_BYTES + 1, NAME_BYTES):
             for held in self._store.of_name(ask.names[at : at + NAME_BYTES]):
-                if self._store.is_set_aside(held):
-                    continue
                 try:
                     signed = self._store.signed(held)
                     entry = open_entry(signed, keyring)

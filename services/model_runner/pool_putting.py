@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 ASK_S = 5.0
 """How long a peer may take to answer where nobody waits for it."""
 PULL_S = 60.0
+AGAIN_S = 30.0
+"""A peer whose entries could not be compared is asked again after so long."""
 MOST_SETTLED = 16_384
 _COMPARABLE = ("digests", "fingerprint", "kv_dtype", "codec", "key_id", "block")
 """Fields of two entries that are equal where equal readings have equal bytes."""
@@ -54,6 +56,7 @@ class Putting:
         self._settled: OrderedDict[bytes, frozenset[str]] = OrderedDict()
         """Addresses whose entries were compared with what was read here, and the peers that were asked for theirs."""
         self._audited: set[tuple[str, bytes]] = set()
+        self._again_s: dict[str, float] = {}
 
     def settled(self, place: Place, names: Sequence[bytes]) -> bool:
         """Whether there is nothing to put in or to compare of a block. On any thread."""
@@ -74,6 +77,8 @@ class Putting:
                 self._compare_with(item, node, names)
             except MindstreamError as error:
                 log.info("%s's entries could not be compared: %s", node, error)
+                asked -= {node}
+                self._again_s[node] = time.monotonic() + AGAIN_S
         if not there:
             self._publish(item, key)
         self._settled[item.place.address] = asked
@@ -104,12 +109,17 @@ class Putting:
 
             self._compare(item, signed, chunks)
 
+    def to_audit_again(self) -> list[str]:
+        """Peers that did not answer ``audit``, and may now; each is said once."""
+        now_s = time.monotonic()
+        return [node for node, at_s in tuple(self._again_s.items()) if at_s <= now_s and self._again_s.pop(node)]
+
     def audit(self, node: str) -> None:
         """Compare what a peer announced with what this node read, and put in, before."""
         own: dict[bytes, PoolEntry] = {}
         keyring = self._site.keyring()
         for held in self._site.store.all():
-            if (node, held.name) in self._audited or self._peers.name_at(node, [held.name]) is None:
+            if (node, held.name) in self._audited or self._peers.name_at(node, [held.name], lately=True) is None:
                 continue
             self._audited.add((node, held.name))
             with contextlib.suppress(BlobError, TrustError):
@@ -124,6 +134,8 @@ class Putting:
                 answer = self._peers.ask_entries(node, names[at : at + MAX_POOL_BLOCKS], ASK_S)
             except MindstreamError as error:
                 log.info("%s's entries could not be compared: %s", node, error)
+                self._audited -= {(node, name) for name in names[at:]}
+                self._again_s[node] = time.monotonic() + AGAIN_S
                 return
             for signed in answer.entries:
                 identifier = entry_id(signed)

@@ -117,6 +117,21 @@ def disk_low(it: Situation) -> None:
     it.monkeypatch.setattr(doctor, "free_bytes", lambda _folder: 100_000_000)
 
 
+def pool_below_a_file(it: Situation) -> None:
+    (it.folder / "data").mkdir()
+    (it.folder / "data" / "model_runner").write_text("")
+
+
+def pool_away(it: Situation) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed (extra `pool`)")
+    it.set("pool", "url", f"ftp://127.0.0.1:{free_port()}/pool")
+
+
+def pool_at_no_url(it: Situation) -> None:
+    pytest.importorskip("fsspec", reason="fsspec is not installed (extra `pool`)")
+    it.set("pool", "url", "cupboard://top-shelf")
+
+
 def nothing_yet(it: Situation) -> None:
     pass
 
@@ -265,6 +280,10 @@ SITUATIONS: list[tuple[Callable[[Situation], None], str, str, str]] = [
     (endpoint_without_packages, "endpoint", WARNING, "EXTRAS=gateway"),
     (endpoint_token_for_all, "endpoint", FAILED, "chmod"),
     (endpoint_port_taken, "endpoint", WARNING, "gateway.port"),
+    (pool_below_a_file, "pool", WARNING, "disk"),
+    (disk_full, "pool", WARNING, "pool.url"),
+    (pool_away, "pool", WARNING, "reachable"),
+    (pool_at_no_url, "pool", WARNING, "pool.url"),
     (power_for_root_only, "energy", OK, "udev"),
     (too_hot, "heat", WARNING, "fan"),
     (supply_too_weak, "heat", WARNING, "power supply"),
@@ -312,6 +331,15 @@ def test_a_model_that_is_being_pulled_and_its_terms_are_shown(situation: Situati
     assert "253 MB" in found
     assert "https://ai.google.dev/gemma/terms" in found
     assert "3 MB of it are pulled" in found
+
+
+def test_a_pool_that_can_be_used_says_what_it_holds(situation: Situation) -> None:
+    check = situation.examine()["pool"]
+    assert (check.verdict, check.found.endswith(": 0 entries, 0.0 MB of 2,048 MiB")) == (OK, True)
+    pytest.importorskip("fsspec", reason="fsspec is not installed (extra `pool`)")
+    situation.set("pool", "url", "memory://doctor-pool")
+    check = situation.examine()["pool"]
+    assert (check.verdict, check.found) == (OK, "memory://doctor-pool: 0 entries, 0.0 MB of 2,048 MiB")
 
 
 def test_a_node_without_a_model_runner_needs_no_model(situation: Situation) -> None:

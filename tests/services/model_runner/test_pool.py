@@ -38,8 +38,10 @@ def wait_heard(node: PoolNode, holder: PoolNode, tokens: list[int]) -> None:
     """Until ``node`` knows that ``holder`` holds the beginning of ``tokens``."""
 
     def known() -> bool:
+        # Whom it would ask is another matter where several hold them.
         plan = node.pool.look(tokens, 0)
-        return plan is not None and plan.holder == holder.name and plan.blocks == (len(tokens) - 1) // BLOCK_TOKENS
+        blocks = (len(tokens) - 1) // BLOCK_TOKENS
+        return plan is not None and node.pool.peers.holders(plan.names, 0).get(holder.name) == blocks
 
     wait_for(known, f"{node.name} has not heard what {holder.name} holds")
 
@@ -48,11 +50,14 @@ def wait_counted(node: PoolNode, counter: str, count: int) -> None:
     wait_for(lambda: node.counters.get(counter, 0) >= count, f"{node.name} has not counted {count} {counter}")
 
 
-def witnesses(node: PoolNode) -> set[str]:
-    """Who agrees with every entry in a node's pool that it has put there itself."""
-    store = node.pool.store
-    own = [held for held in store.all() if held.creator == node.name]
-    return set.intersection(*(set(store.said_by(held.identifier)) for held in own)) if own else set()
+def agreed(node: PoolNode) -> set[str]:
+    """Who agrees with every block that a node has put into its pool itself."""
+    store, keyring = node.pool.store, node.peers.keyring()
+    own = [held.identifier for held in store.all() if held.creator == node.name]
+    said = [read_witnesses(store.statements(each), keyring) for each in own]
+    return (
+        set.intersection(*({each.node for each in one if each.agrees} for one in said)) if len(own) == BLOCKS else set()
+    )
 
 
 def test_a_node_goes_on_from_what_another_has_read_and_says_the_same(
@@ -184,6 +189,9 @@ def test_two_who_have_read_the_same_outweigh_one_that_says_otherwise(
             node.pool.rates.read_s = lambda start, end: 0.0
             talker.ask(node, prompt())
             node.wait_entries(BLOCKS)
+        # Whoever has not heard both witnesses has one word against one.
+        wait_for(lambda: agreed(tomato) == {"sprout"}, "tomato has not heard that sprout agrees")
+        wait_for(lambda: agreed(sprout) == {"tomato"}, "sprout has not heard that tomato agrees")
         basil.start()
 
         def vindicated() -> bool:
@@ -212,7 +220,14 @@ def test_with_a_quorum_entries_are_used_once_so_many_others_agree(tmp_path: Path
             assert read.usage is not None
             assert read.usage.pooled_tokens == 0
             wait_counted(node, "pool.witnessed", BLOCKS)
-        wait_for(lambda: witnesses(tomato) == {"sprout", "garlic"}, "tomato has not heard both witnesses of all it has")
+        # Any of the three may be who basil asks.
+        read_by = {tomato.name: tomato, sprout.name: sprout, garlic.name: garlic}
+        for name, node in read_by.items():
+            others = read_by.keys() - {name}
+            wait_for(
+                lambda node=node, others=others: agreed(node) == others,  # type: ignore[misc]
+                f"{name} has not heard both witnesses of all it has",
+            )
         wait_heard(basil, tomato, prompt())
         trusted = talker.ask(basil, prompt())
         assert trusted.usage is not None
