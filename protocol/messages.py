@@ -486,6 +486,8 @@ class SnapshotTranscode(msgspec.Struct, omit_defaults=True):
     label: Label = ""
     run: Name = ""
     """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
+    durable: bool = True
+    """As in ModelSnapshot."""
 
 
 class SnapshotFidelity(msgspec.Struct, omit_defaults=True):
@@ -543,6 +545,8 @@ class ModelResume(msgspec.Struct, omit_defaults=True):
     """Whether it is kept on disk, as one of the node's conversations; else it goes when its memory is wanted."""
     run: Name = ""
     """UUIDv7 chosen by the asker, who subscribes first: how far it is is said under it. Left out: it is not said."""
+    explain: bool = False
+    """Whether the answer has what was weighed: some KB, which a slow link feels."""
 
 
 class HandoffPhases(msgspec.Struct, omit_defaults=True):
@@ -593,7 +597,7 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
     way: str = ""
     """A rung's name, or ``tokens``."""
     options: list[HandoffOption] = []
-    """What was weighed against each other, the one that was taken first."""
+    """What was weighed against each other, the one that was taken first; where that was asked for."""
     phases: HandoffPhases | None = None
     """What happened, as measured."""
     logits: str = ""
@@ -606,11 +610,14 @@ class ModelResumed(msgspec.Struct, omit_defaults=True):
 
 
 class HandoffOfferAsk(msgspec.Struct, omit_defaults=True):
-    """Ask what a node could send of a conversation as it is now."""
+    """Ask what a node could send of a conversation as it is now, or of a snapshot."""
 
-    conversation: Name
+    conversation: str
+    """Empty where a snapshot is named."""
     sealing_key: Annotated[str, Meta(max_length=256)] = ""
     """The asker's, as its node's state has it."""
+    snapshot: MaybeSnapshotId = ""
+    """Of the holder's: what it could be transcoded to is offered."""
 
 
 class OfferedRung(msgspec.Struct, omit_defaults=True):
@@ -621,7 +628,8 @@ class OfferedRung(msgspec.Struct, omit_defaults=True):
     size_bytes: int
     """By the rung's usual ratio."""
     save_ms: float | None
-    """What copying, encoding and sealing is expected to take there, with caution; None where it was never measured."""
+    """What copying (of a snapshot: decoding), encoding and sealing is expected to take there, with caution; None where
+    it was never measured."""
     mean_kl: float = 0.0
     """Usual, nats a token."""
     top1: float = 1.0
@@ -641,8 +649,9 @@ class HandoffOffer(msgspec.Struct, omit_defaults=True):
     rungs: list[OfferedRung]
     took_ms: float
     """What making this offer took: the rest of the asker's waiting was the link's."""
-    signed: SignedManifest | None = None
-    """A snapshot of its token ids alone, so that they can be read without asking again."""
+    packed: bytes = b""
+    """Of a conversation: a snapshot of its token ids alone, so that they can be read without asking again. A
+    SignedManifest in msgpack, and that in zlib's format (RFC 1950), its key wrapped for the asker alone."""
 
 
 class LinkProbe(msgspec.Struct):

@@ -50,7 +50,7 @@ def handoff(
     with connected(load()) as bus:
         for node in (source, target):
             expect_service(bus, node, "model_runner")
-        ask = ModelResume("", source, name, conversation, way=chosen, lossy=lossy)
+        ask = ModelResume("", source, name, conversation, way=chosen, lossy=lossy, explain=explain or json)
         resumed: ModelResumed = bus.ask(target, ask, ttl_ms=int(timeout_s * 1000))
     total_ms = (time.monotonic() - started_s) * 1000
     if json:

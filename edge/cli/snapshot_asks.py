@@ -154,7 +154,7 @@ def resume(
     config = load()
     target = node or config.node.name
     holder = source or target
-    ask = ModelResume("", holder, name, way=way, lossy=lossy)  # type: ignore[arg-type]
+    ask = ModelResume("", holder, name, way=way, lossy=lossy, explain=json)  # type: ignore[arg-type]
     if most_kl is not None:
         ask.most_kl = most_kl
     if least_top1 is not None:

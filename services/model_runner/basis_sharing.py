@@ -232,6 +232,13 @@ class BasisFetcher:
             self._under_way.add((holder, wanted))
         self._thread.submit(self._fetch, spec, holder, wanted)
 
+    def fetch(self, spec: ModelSpec, holder: str, wanted: bytes) -> None:
+        """Have it now. Raises as ``fetch_basis``."""
+        ask = ask_for(spec.digests, spec.name, wanted)
+        fetch_basis(
+            self._bus, self._blob_bus, self._keyring(), holder, ask, folder=self._folder, should_stop=self._stopping
+        )
+
     def _fetch(self, spec: ModelSpec, holder: str, wanted: bytes) -> None:
         ask = ask_for(spec.digests, spec.name, wanted)
         try:

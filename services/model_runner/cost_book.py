@@ -163,6 +163,11 @@ class CostBook:
         with self._lock:
             return self._measured.codecs.get(f"save/{codec}", Estimate()).cautious(_now_us()) * max(1, kv_bytes)
 
+    def restore_s(self, codec: str, kv_bytes: int) -> float:
+        """Cautious seconds to decrypt and decode so much; infinite when it was never measured."""
+        with self._lock:
+            return self._measured.codecs.get(f"restore/{codec}", Estimate()).cautious(_now_us()) * max(1, kv_bytes)
+
     @property
     def restore(self) -> dict[str, Estimate]:
         """Seconds a byte of KV, by codec."""

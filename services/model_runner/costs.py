@@ -197,6 +197,8 @@ class Option(msgspec.Struct):
     """If things go badly: what it is compared by, against the likely time of reading again."""
     why_not: str = ""
     """Why it cannot be taken at all, or was not; empty for the one that is taken."""
+    beside: bool = False
+    """Whether reading again goes on beside it from the beginning, as that may well be the first to be done."""
 
 
 class Here(msgspec.Struct, frozen=True):
@@ -301,6 +303,10 @@ def overlapped(transfer_s: float, decode_s: float) -> float:
 
 EXACT_WORTH, EXACT_WORTH_S = 1.05, 0.03
 """Exact KV may take so much longer than reading again, which is not exact, and is taken all the same."""
+PROMISING = 0.85
+"""KV that is likely to take at most this share of reading's time is taken although it may take longer."""
+BESIDE_FROM = 0.5
+"""KV that may take more than this share of reading's time, if things go badly, has reading begin beside it."""
 
 
 def choose(
@@ -313,7 +319,9 @@ def choose(
     """The quickest way of ``options`` that has the fidelity asked for; why not is noted in the others.
 
     Loading must be quicker, if things go badly, than reading again is as a rule; where it is exact it may take a little
-    longer. ``way`` says it outright: KV wherever it can be used, or reading again.
+    longer. What waits for the link more than it computes leaves the processor to reading again: then both may go on
+    beside each other, so that little is lost when the prediction was wrong, and what is likely is enough. ``way`` says
+    it outright: KV wherever it can be used, or reading again.
     """
     offers = {rung.codec: rung for rung in rungs}
     reading = options[0]
@@ -334,19 +342,32 @@ def choose(
             key=lambda option: option.cautious_s,
             default=None,
         )
+        promising = min(filter(_waits, loading), key=lambda option: option.likely_s, default=None)
         if quickest.cautious_s < reading.cautious_s:
             best = quickest
+        elif promising is not None and promising.likely_s <= PROMISING * reading.likely_s:
+            best = promising
         elif exact is not None and exact.cautious_s <= EXACT_WORTH * reading.cautious_s + EXACT_WORTH_S:
             best = exact
+        best.beside = best is not reading and _waits(best) and best.cautious_s > BESIDE_FROM * reading.cautious_s
     for option in options:
         if option is not best and not option.why_not:
             option.why_not = _slower(option, best, way)
     return best
 
 
+def _waits(option: Option) -> bool:
+    """Whether it waits for the link more than it computes."""
+    return option.phases_s.get("transfer", 0.0) > 2 * option.phases_s.get("decode", 0.0)
+
+
 def _slower(option: Option, best: Option, way: str) -> str:
     if way != "auto" and TOKENS in (option.codec, best.codec):
         return f"{best.codec if way == 'tokens' else 'its KV'} was asked for"
+    if option.codec == TOKENS and best.beside:
+        return f"it goes on beside {best.codec}, and the first to be done wins"
+    if option.cautious_s <= best.cautious_s and best.beside:
+        return f"{best.codec} is likely to be quicker"
     if option.cautious_s <= best.cautious_s:
         return "it would not be exact"
     return f"{best.codec} is quicker" + (" if things go badly" if option.likely_s < best.likely_s else "")

@@ -15,6 +15,7 @@ from protocol.sharing import Opened
 from services.model_runner import costs
 from services.model_runner.engine import Engine
 from services.model_runner.first_step import FirstStep
+from services.model_runner.reading import Reading
 from services.model_runner.variants import Permit
 
 
@@ -49,6 +50,8 @@ class Handoff:
     """By which its KV is used although another variant of the model computed it."""
     options: list[costs.Option] = field(default_factory=list)
     best: costs.Option = field(default_factory=lambda: costs.Option(costs.TOKENS, 0, {}, 0.0, 0.0))
+    reading: Reading | None = None
+    """Of its tokens again, where that has begun."""
     prefill_s: float = 0.0
     """Predicted, of reading all of it again."""
     phases: HandoffPhases = field(default_factory=HandoffPhases)
@@ -82,6 +85,11 @@ class Handoff:
     def tokens(self) -> int:
         """The pending one included."""
         return self.manifest.cached_tokens + 1
+
+    @property
+    def read_tokens(self) -> int:
+        """Read again so far."""
+        return self.reading.tokens if self.reading is not None else 0
 
     def check_wanted(self) -> None:
         """Raises Outrun when its chunks are not wanted any more."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
+from protocol.errors import Cancelled
 from services.model_runner import snapshot
 from services.model_runner.engine import chunk_ends
 from services.model_runner.prefixes import chunk_keys
@@ -14,28 +16,34 @@ from services.model_runner.worker import Worker
 
 
 class Reading:
-    """One state whose tokens are read again.
+    """One state whose tokens are being read again, from now on.
 
     Args:
         found: of ``snapshot.read_tokens``.
+        threads: one of them waits for each chunk.
     """
 
-    def __init__(self, worker: Worker, found: snapshot.Read) -> None:
+    def __init__(self, worker: Worker, found: snapshot.Read, threads: ThreadPoolExecutor) -> None:
         self._worker = worker
         self._found = found
         self._stopped = threading.Event()
+        self._keys: list[bytes] = []
         self.began_s = time.monotonic()
         self.took_s = 0.0
         """Until it was done."""
+        self.tokens = 0
+        """That are in the cache so far."""
         self.whole_chunks: list[bytes] = []
         """As ``Conversation.whole_chunks``: what was read, or taken from another conversation here, in whole chunks."""
+        self.outcome: Future[snapshot.Unpacked] = threads.submit(self._run)
+        """The state; its cache is its taker's. Else ModelError, ModelUnavailable or Cancelled."""
 
-    def stop(self) -> None:
-        """End after the present chunk: its result is not wanted."""
+    def let_go(self) -> None:
+        """Its result is not wanted: it ends after the present chunk."""
         self._stopped.set()
+        self.outcome.add_done_callback(_close)
 
-    def run(self) -> snapshot.Unpacked | None:
-        """Read all; None when it was stopped. Raises ModelError, ModelUnavailable or Cancelled."""
+    def _run(self) -> snapshot.Unpacked:
         resumed = self._worker.between_tokens(self._begin).result()
         try:
             while not self._stopped.is_set():
@@ -46,7 +54,7 @@ class Reading:
             resumed.state.cache.close()
             raise
         resumed.state.cache.close()
-        return None
+        raise Cancelled("reading tokens again: something else was quicker", reason="not wanted")
 
     def _begin(self, loaded: Loaded) -> snapshot.Unpacked:
         resumed = snapshot.restore(loaded.engine, self._found)
@@ -58,6 +66,7 @@ class Reading:
             state.cache, chunks = forked
             self.whole_chunks = keys[:chunks]
         self._keys = keys
+        self.tokens = state.cache.length
         return resumed
 
     def _chunk(self, loaded: Loaded, resumed: snapshot.Unpacked) -> bool:
@@ -71,4 +80,10 @@ class Reading:
             loaded.on_chunk(start, end, time.perf_counter() - started_s)
             if end % engine.chunk_tokens == 0 and start == len(self.whole_chunks) * engine.chunk_tokens:
                 self.whole_chunks.append(self._keys[len(self.whole_chunks)])
+            self.tokens = state.cache.length
         return state.prefilled
+
+
+def _close(reading: Future[snapshot.Unpacked]) -> None:
+    if not reading.cancelled() and reading.exception() is None:
+        reading.result().state.cache.close()

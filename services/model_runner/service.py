@@ -60,6 +60,7 @@ from protocol.messages import (
     SnapshotManifestAsk,
     SnapshotProgress,
     SnapshotSaved,
+    SnapshotTimeline,
     SnapshotTimelineAsk,
     SnapshotTranscode,
     VariantCertificateAsk,
@@ -154,7 +155,9 @@ class ModelRunner(Service):
             self.mailbox,
             self.variants,
             timeline=self.timeline,
+            ask_here=self._ask_here,
             find_basis=self.basis_of,
+            fetch_basis=self.basis_fetcher.fetch,
             want_basis=self.basis_fetcher.want,
             say_progress=self.say_progress,
         )
@@ -169,7 +172,7 @@ class ModelRunner(Service):
             idle=lambda: not self.worker.running,
             stopping=self.stopping,
         )
-        self.offering = Offering(self.context, self.worker, self.saving, self.costs)
+        self.offering = Offering(self.context, self.worker, self.store, self.saving, self.costs)
         self.stepping = Stepping(self.worker, self._report)
         self._digesters = ThreadPoolExecutor(1, "built model digester")
         self._readers = ThreadPoolExecutor(1, "timeline reader")
@@ -433,9 +436,17 @@ class ModelRunner(Service):
     @hears(ModelSnapshot)
     def save(self, message: Received) -> Deferred:
         """Save a conversation, between two tokens if it is being answered; answered when it is on disk."""
-        saving = self.saving.save(message.data)
+        return _deferred(self._ask_here(message.data))
+
+    def _ask_here(self, ask: Any) -> Future[Any]:
+        """What handing over asks of a holder, asked of this node."""
+        if isinstance(ask, HandoffOfferAsk):
+            return self.offering.offer(ask, self.context.identity.node, time.monotonic())
+        if isinstance(ask, SnapshotTimelineAsk):
+            return self._points(ask)
+        saving = self.saving.save(ask)
         saving.add_done_callback(self._note_saved)
-        return _deferred(saving)
+        return saving
 
     def _note_saved(self, saving: Future[SnapshotSaved]) -> None:
         """How long it took, for handoffs to come; a self-test is no part of those."""
@@ -456,9 +467,12 @@ class ModelRunner(Service):
     def points(self, message: Received) -> Deferred:
         """The points that a conversation can return to, on a thread of its own: it reads the disk, and waits for no
         save."""
+        return _deferred(self._points(message.data))
+
+    def _points(self, ask: SnapshotTimelineAsk) -> Future[SnapshotTimeline]:
         loaded = self.worker.loaded
         decode = loaded.chat.decode if loaded is not None else None
-        return _deferred(self._readers.submit(self.timeline.ask, message.data.conversation, decode))
+        return self._readers.submit(self.timeline.ask, ask.conversation, decode)
 
     @hears(ModelResume)
     def resume(self, message: Received) -> Deferred:
@@ -475,7 +489,7 @@ class ModelRunner(Service):
     @hears(HandoffOfferAsk)
     def offer(self, message: Received) -> Deferred:
         """What this node could send of a conversation, and its token ids."""
-        return _deferred(self.offering.offer(message))
+        return _deferred(self.offering.offer(message.data, message.node, message.received_s))
 
     @hears(LinkProbe)
     def probe(self, message: Received) -> LinkProbed:

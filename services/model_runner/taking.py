@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
 from typing import Any, NamedTuple
 
@@ -21,12 +21,12 @@ from edge.snapshot_store import SnapshotStore
 from protocol.codec import Received
 from protocol.errors import AskExpired, BlobError
 from protocol.manifest import SignedManifest
-from protocol.messages import ModelSnapshot, SnapshotManifestAsk, SnapshotSaved, SnapshotWishes
+from protocol.messages import ModelSnapshot, SnapshotManifestAsk, SnapshotSaved, SnapshotTranscode, SnapshotWishes
 from protocol.sharing import Opened, open_snapshot
 from services.model_runner import snapshot
 from services.model_runner.codecs import basis_digest
 from services.model_runner.cost_book import CostBook
-from services.model_runner.engine import KVCache, LayerState
+from services.model_runner.engine import KVCache, LayerState, ModelSpec
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.landing import Landing
 from services.model_runner.rounds import Loaded
@@ -42,6 +42,16 @@ ANSWER_MARGIN_MS = 1_000
 """So long before the asker's patience ends it is told that the holder is silent."""
 TRANSFER_TIMEOUT_S = 540.0
 LOOK_EVERY_S = 0.05
+
+
+AskHere = Callable[[msgspec.Struct], "Future[Any]"]
+"""Has this node answer what it asks itself: an ask over the bus could wait behind the very ask that needs it."""
+FetchBasis = Callable[[ModelSpec, str, bytes], None]
+"""Fetch the basis of a model with that digest from a holder. Raises an error of the tree."""
+
+
+def no_basis(_spec: ModelSpec, _holder: str, _wanted: bytes) -> None:
+    """Where none are fetched."""
 
 
 class Taken(NamedTuple):
@@ -61,6 +71,8 @@ class Taking:
         blob_bus: a connection of its own for chunks, so that tokens do not wait behind them.
         stopping: asked now and then while chunks come; True ends that.
         mailbox: of this host, for chunks of its other nodes.
+        ask_here: has this node answer what it asks itself.
+        find_basis, fetch_basis: for the rung ``transform``.
     """
 
     def __init__(
@@ -73,7 +85,10 @@ class Taking:
         book: CostBook,
         stopping: Callable[[], bool],
         mailbox: Mailbox | None,
+        *,
+        ask_here: AskHere,
         find_basis: FindBasis,
+        fetch_basis: FetchBasis,
         say_progress: Say,
     ) -> None:
         self._context = context
@@ -85,7 +100,9 @@ class Taking:
         self._book = book
         self._stopping = stopping
         self._mailbox = mailbox
+        self._ask_here = ask_here
         self._find_basis = find_basis
+        self._fetch_basis = fetch_basis
         self._say_progress = say_progress
         self._decoders = max(1, min(4, os.cpu_count() or 1))
         self._threads = ThreadPoolExecutor(self._decoders, "chunk decoder")
@@ -99,11 +116,15 @@ class Taking:
     def ask(self, holder: str, ask: msgspec.Struct, message: Received, doing: str) -> Any:
         """Ask the holder for something small, while the asker waits. Raises BlobError when it is silent, and what it
         answers with."""
-        ttl_ms = max(1, min(MANIFEST_TTL_MS, remaining_ms(message) - ANSWER_MARGIN_MS))
+        patience_ms = max(1, remaining_ms(message) - ANSWER_MARGIN_MS)
+        ttl_ms = patience_ms if holder == self._node else min(MANIFEST_TTL_MS, patience_ms)
         try:
-            return self._bus.ask(holder, ask, ttl_ms=ttl_ms)
-        except AskExpired as error:
+            return self._ask_later(holder, ask, ttl_ms).result(ttl_ms / 1000 + 1)
+        except (AskExpired, NotDone) as error:
             raise _silent(holder, doing, ttl_ms) from error
+
+    def _ask_later(self, holder: str, ask: msgspec.Struct, ttl_ms: int) -> Future[Any]:
+        return self._ask_here(ask) if holder == self._node else self._bus.ask_later(holder, ask, ttl_ms=ttl_ms)
 
     def manifest(self, holder: str, identifier: str, message: Received) -> SignedManifest:
         """A snapshot's, from this node's disk or from its holder. Raises BlobError when that is silent."""
@@ -114,26 +135,40 @@ class Taking:
         return signed
 
     def _save(self, handoff: Handoff) -> tuple[Opened, str, SignedManifest]:
-        """Have the conversation saved by the rung that was chosen."""
+        """Have the conversation saved by the rung that was chosen, or the snapshot transcoded to it."""
         ask, started_s = handoff.ask, time.monotonic()
         wishes = SnapshotWishes(handoff.best.codec, most_kl=ask.most_kl, least_top1=ask.least_top1, test=False)  # type: ignore[arg-type]
+        what: msgspec.Struct = (
+            SnapshotTranscode(ask.snapshot, wishes, durable=False)
+            if handoff.named
+            else ModelSnapshot(ask.source, wishes=wishes, durable=False)
+        )
         ttl_ms = max(1, remaining_ms(handoff.message) - ANSWER_MARGIN_MS)
-        answer = self._bus.ask_later(ask.holder, ModelSnapshot(ask.source, wishes=wishes, durable=False), ttl_ms=ttl_ms)
+        answer = self._ask_later(ask.holder, what, ttl_ms)
         while True:
             handoff.check_wanted()
             try:
                 saved: SnapshotSaved = answer.result(LOOK_EVERY_S)
                 break
             except AskExpired as error:
-                raise _silent(ask.holder, f"having {ask.source!r} saved", ttl_ms) from error
+                raise _silent(ask.holder, f"having {handoff.name!r} saved", ttl_ms) from error
             except NotDone:
-                continue
+                if remaining_ms(handoff.message) <= 0:
+                    raise _silent(ask.holder, f"having {handoff.name!r} saved", ttl_ms) from None
         handoff.phases.save_ms = since_ms(started_s)
         started_s = time.monotonic()
         signed = self.manifest(ask.holder, saved.snapshot, handoff.message)
         opened = open_snapshot(signed, saved.snapshot, self._context.identity, self._context.peers.keyring())
         handoff.phases.ask_ms += since_ms(started_s)
         return opened, saved.snapshot, signed
+
+    def _have_basis(self, handoff: Handoff, wanted: bytes) -> None:
+        """Fetch the basis of what was decided on, where it is not here: that was weighed."""
+        if not wanted or self._find_basis(handoff.engine.spec, wanted) is not None:
+            return
+        started_s = time.monotonic()
+        self._fetch_basis(handoff.engine.spec, handoff.ask.holder, wanted)
+        handoff.phases.transfer_ms += since_ms(started_s)
 
     # --- taking ---------------------------------------------------------------------------------------------
 
@@ -142,8 +177,10 @@ class Taking:
 
         Raises Outrun; Unusable; SnapshotRefused for chunks that do not hold what they should; BlobError, StorageError.
         """
-        found = (handoff.opened, handoff.identifier, handoff.signed) if handoff.named else self._save(handoff)
+        as_it_is = handoff.named and handoff.best.codec == handoff.manifest.codec.name
+        found = (handoff.opened, handoff.identifier, handoff.signed) if as_it_is else self._save(handoff)
         opened, identifier, signed = found
+        self._have_basis(handoff, basis_digest(opened.manifest.codec))
         manifest, private, key, _ = opened
         cache, layers = self._worker.between_tokens(lambda loaded: self._open(loaded, handoff, opened)).result()
         landing: Landing | None = None
@@ -209,7 +246,7 @@ class Taking:
             finally:
                 took_s = time.monotonic() - handoff.fetching_s
                 self._book.fetched(holder, handoff.fetched_bytes, took_s)
-                handoff.phases.transfer_ms = took_s * 1000
+                handoff.phases.transfer_ms += took_s * 1000
         elif here_bytes < handoff.total_bytes:
             raise BlobError(
                 f"reading a snapshot of {manifest.conversation}: {handoff.total_bytes - here_bytes:,} of its "
@@ -218,7 +255,7 @@ class Taking:
                 reason="chunks missing",
             )
         else:
-            handoff.phases.transfer_ms = since_ms(started_s)
+            handoff.phases.transfer_ms += since_ms(started_s)
         landing.finish()
         handoff.phases.decode_ms = landing.busy_s * 1000 / self._decoders
 

@@ -58,7 +58,10 @@ class Transcoding:
             return add_statement(self._context.identity, signed.provenance, own, kind, details)
 
         written = self._saving.write(
-            shrunk.copied, shrunk.encoded, lambda manifest: self._saving.sign(manifest, opened.key, provenance)
+            shrunk.copied,
+            shrunk.encoded,
+            lambda manifest: self._saving.sign(manifest, opened.key, provenance),
+            durable=ask.durable,
         )
         self._saving.announce(written)
         return said(written, shrunk.encoded, started_s)

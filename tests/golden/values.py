@@ -493,7 +493,7 @@ VALUES: dict[str, msgspec.Struct] = {
         durable=False,
     ),
     "snapshot.transcode": SnapshotTranscode(
-        snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small", run=RUN_ID
+        snapshot=SNAPSHOT, wishes=SnapshotWishes(codec="rotated4"), label="small", run=RUN_ID, durable=False
     ),
     "snapshot.timeline.ask": SnapshotTimelineAsk(conversation="garden"),
     "snapshot.timeline": SnapshotTimeline(
@@ -531,7 +531,7 @@ VALUES: dict[str, msgspec.Struct] = {
         end=True,
     ),
     "snapshot.progress": SnapshotProgress(phase="fetch", done_bytes=1000, total_bytes=len(CHUNK)),
-    "handoff.offer.ask": HandoffOfferAsk("garden", sealing_key=SPROUT.sealing_key),
+    "handoff.offer.ask": HandoffOfferAsk("", sealing_key=SPROUT.sealing_key, snapshot=SNAPSHOT),
     "handoff.offer": HandoffOffer(
         tokens=31,
         kv_bytes=1_382_400,
@@ -540,7 +540,7 @@ VALUES: dict[str, msgspec.Struct] = {
             OfferedRung("transform", False, 98_304, None, 0.0125, 0.953125, bytes(range(32)), 66_000_000),
         ],
         took_ms=3.5,
-        signed=SIGNED_MANIFEST,
+        packed=bytes(range(32)),
     ),
     "link.probe": LinkProbe(2_048),
     "link.probed": LinkProbed(bytes(range(16))),
@@ -580,6 +580,7 @@ VALUES: dict[str, msgspec.Struct] = {
         least_top1=0.95,
         keep=False,
         run=RUN_ID,
+        explain=True,
     ),
     "model.resumed": ModelResumed(
         conversation="garden-2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 from typing import Any
 
 import msgpack
@@ -22,10 +23,12 @@ from protocol.manifest import (
     is_canonical,
     open_manifest,
     open_private,
+    pack_signed,
     prefix_addresses,
     seal_manifest,
     seal_private,
     snapshot_id,
+    unpack_signed,
     verify_chunk,
 )
 from protocol.sealing import DataKey
@@ -179,6 +182,34 @@ def test_a_manifest_above_its_limit_is_neither_sealed_nor_read() -> None:
         seal_manifest(TOMATO, small_manifest(sealed=bytes(MAX_MANIFEST_BYTES)))
     with pytest.raises(MalformedMessage, match="limit"):
         open_manifest(signed(b"\xc1" * (MAX_MANIFEST_BYTES + 1)), KEYRING)
+
+
+def test_a_packed_manifest_is_itself_again_and_smaller() -> None:
+    found = seal_manifest(TOMATO, small_manifest())
+    packed = pack_signed(found)
+    assert unpack_signed(packed) == found
+    assert len(packed) < len(msgspec.msgpack.encode(found))
+    for cut in range(0, len(packed), 7):
+        with pytest.raises(MalformedMessage):
+            unpack_signed(packed[:cut])
+
+
+@given(st.binary(max_size=200))
+def test_what_is_no_packed_manifest_is_refused(body: bytes) -> None:
+    for packed in (body, zlib.compress(body)):
+        with pytest.raises(MalformedMessage):
+            unpack_signed(packed)
+
+
+def test_a_packed_manifest_that_unpacks_to_more_than_one_may_have_is_refused_before_that_is_there() -> None:
+    bomb = zlib.compress(bytes(200 * 1024 * 1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedMessage, match="larger"):
+            unpack_signed(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_MANIFEST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_unknown_fields_are_ignored_where_they_are_in_order() -> None:

@@ -176,6 +176,22 @@ def test_a_slow_link_takes_tokens_a_fast_one_the_cache_and_one_between_a_smaller
     assert decided(64, here(8e-8))[0].codec == TOKENS
 
 
+def test_kv_that_is_likely_quicker_is_taken_beside_reading_where_it_waits_for_the_link() -> None:
+    unsure = measured([0.7e-7, 1.5e-7])
+    link = Link(measured([0.002]), unsure)
+    best, options = decided(1_024, here(link=link))
+    assert best.codec == "raw"
+    assert best.likely_s < options[0].likely_s < best.cautious_s
+    assert best.beside
+    assert "beside" in options[0].why_not
+    # Where decoding is what takes long, reading would slow it down.
+    busy, options = decided(1_024, here(link=link, decode={"raw": measured([0.9e-7])}))
+    assert busy.codec == TOKENS
+    assert not busy.beside
+    # What is quicker by far needs nothing beside it.
+    assert not decided(4_096, here(1e-9))[0].beside
+
+
 def test_a_kv_that_cannot_be_used_is_never_taken() -> None:
     best, options = decided(4_096, here(1e-10), Wanted(lossy=True), refused="other weights")
     assert best.codec == TOKENS

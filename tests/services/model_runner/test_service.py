@@ -398,12 +398,14 @@ def test_a_conversation_that_is_handed_back_brings_its_new_blocks_alone(pair: Pa
 def test_a_conversation_is_handed_over_by_name_and_the_answer_explains_itself(pair: Pair, way: str) -> None:
     conversation = new("by-name")
     pair.ask("tomato", conversation, QUESTION)
-    ask = ModelResume("", "tomato", source=conversation, way=way)  # type: ignore[arg-type]
+    ask = ModelResume("", "tomato", source=conversation, way=way, explain=True)  # type: ignore[arg-type]
     resumed: ModelResumed = pair.bus.ask("sprout", ask, ttl_ms=TTL_MS)
     assert (resumed.conversation, resumed.how) == (conversation, "exact" if way == "chunks" else "recomputed")
     assert resumed.way == resumed.options[0].way
     assert {option.way for option in resumed.options} >= {"tokens", "raw", "lossless", "int8", "rotated4"}
     assert [bool(option.reason) for option in resumed.options] == [False] + [True] * (len(resumed.options) - 1)
+    brief: ModelResumed = pair.bus.ask("sprout", msgspec.structs.replace(ask, explain=False), ttl_ms=TTL_MS)
+    assert not brief.options
     assert resumed.phases is not None
     assert (resumed.phases.prefill_ms > 0) == (way == "tokens")
     there = pair.ask("sprout", conversation, max_new_tokens=8, ignore_eos=True)
