@@ -51,7 +51,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSystemd
     build_wheelhouse(wheels)
     other_version(wheels, share / "broken", "9.9.1", {"services/memory_store/service.py": "\nraise SystemExit(3)\n"})
     other_version(wheels, share / "better", "9.9.2")
-    for path in (CHECKOUT / "systemd" / "install.sh", Path(__file__).with_name("probe.py")):
+    for path in (
+        CHECKOUT / "systemd" / "install.sh",
+        Path(__file__).with_name("probe.py"),
+        Path(__file__).with_name("mailbox_probe.py"),
+    ):
         (share / path.name).write_bytes(path.read_bytes())
     with private_systemd(folder) as booted:
         wait_for(lambda: booted.property("mosquitto", "ActiveState") == "active", "Mosquitto does not run")
@@ -166,3 +170,32 @@ def test_a_unit_lets_its_service_do_what_it_must_and_no_more(machine: PrivateSys
     assert found["processes"] == 1
     assert found["disks"] == (["a-disk"] if row.devices else [])
     assert found["uid"] != 0
+
+
+def test_a_letter_crosses_between_two_hardened_units(machine: PrivateSystemd) -> None:
+    writer, reader = units.instance("model_runner"), units.instance("memory_store")
+    install(machine, "--wheelhouse", "/srv/share/wheels", "--node", "sprout", "--no-systemctl")
+    machine.run("install", "-m", "755", "/srv/share/mailbox_probe.py", "/opt/mindstream/current/mailbox_probe.py")
+    machine.run("rm", "-rf", "/var/lib/mindstream/mailbox-probe")
+    for unit, role in ((writer, "write"), (reader, "read")):
+        program = f"/opt/mindstream/current/bin/python /opt/mindstream/current/mailbox_probe.py {role}"
+        text = f"[Service]\nType=oneshot\nWatchdogSec=0\nRestart=no\nExecStart=\nExecStart={program}\n"
+        override(machine, unit, text)
+
+    def answer(unit: str) -> dict[str, object]:
+        wait_for(lambda: machine.property(unit, "ActiveState") in ("inactive", "failed"), f"{unit} does not end")
+        lines = [
+            line
+            for line in machine.journal(unit).splitlines()
+            if line.startswith('{"read"' if unit == reader else '{"here"')
+        ]
+        assert lines, machine.journal(unit)[-3000:]
+        found: dict[str, object] = json.loads(lines[-1])
+        return found
+
+    machine.run("systemctl", "start", "--no-block", writer)
+    machine.run("systemctl", "start", "--no-block", reader)
+    assert answer(reader) == {"read": "right"}
+    # RemoveIPC= takes what a user has in /dev/shm, with the last of its units: not with the first.
+    machine.run("sh", "-c", "touch /var/lib/mindstream/mailbox-probe/reader-ended")
+    assert answer(writer) == {"here": True, "left_bytes": 0, "folder": True, "reason": ""}
