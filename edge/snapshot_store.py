@@ -269,9 +269,11 @@ class SnapshotStore:
         try:
             signed = msgspec.msgpack.decode(body, type=SignedManifest)
         except UNREADABLE as error:
-            raise BlobError(f"reading the manifest {path}: {error}", hint="remove it and save again") from None
+            raise BlobError(f"reading the manifest {path}: {error}", hint=_remove_hint(identifier)) from None
         if snapshot_id(signed) != identifier:
-            raise BlobError(f"reading the manifest {path}: its content is not what its name says", hint="remove it")
+            raise BlobError(
+                f"reading the manifest {path}: its content is not what its name says", hint=_remove_hint(identifier)
+            )
         return signed
 
     def has(self, ref: ChunkRef) -> bool:
@@ -330,6 +332,10 @@ class SnapshotStore:
 
     def _chunk_path(self, ref: ChunkRef) -> Path:
         return self._chunks / ref.digest.hex()
+
+
+def _remove_hint(identifier: str) -> str:
+    return f"`mindstream snapshot rm {identifier[:12]}` removes it; save the conversation again, or fetch it"
 
 
 def _sync(path: Path) -> None:

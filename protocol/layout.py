@@ -80,8 +80,10 @@ class Part(msgspec.Struct):
     """BLAKE3 of every chunk's sealed bytes, 32 bytes each, one after another."""
 
     def chunks(self) -> Iterator[ChunkRef]:
-        """Every chunk, in order."""
-        for index, offset in enumerate(range(0, self.encoded_bytes, MAX_PLAIN_BYTES)):
+        """Every chunk, in order; no more than there are digests, whatever size is claimed."""
+        count = min(-(-self.encoded_bytes // MAX_PLAIN_BYTES), len(self.digests) // DIGEST_BYTES)
+        for index in range(count):
+            offset = index * MAX_PLAIN_BYTES
             size = min(MAX_PLAIN_BYTES, self.encoded_bytes - offset)
             yield ChunkRef(self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES], size + SEAL_BYTES)
 
@@ -143,7 +145,13 @@ class Laid(Protocol):
 
 def malformed(field: str, reason: str, what: str = "a snapshot manifest") -> MalformedMessage:
     """The error of a manifest that cannot be read, naming the field."""
-    return MalformedMessage(f"reading {what}: {field}: {reason}", field=field, reason=reason)
+    return MalformedMessage(
+        f"reading {what}: {field}: {reason}",
+        hint="it is damaged or made up, or of another version of Mindstream: take it from another holder, or have it "
+        "made again",
+        field=field,
+        reason=reason,
+    )
 
 
 def check_layout(manifest: Laid) -> None:
