@@ -644,7 +644,7 @@ VALUES: dict[str, msgspec.Struct] = {
         worst_kl=0.0061,
         top1=0.958,
         took_ms=61000.5,
-        recent_tokens=0,
+        recent_tokens=32,
     ),
     "blob.pull": BlobPull(snapshot=SNAPSHOT, transfer=TRANSFER_ID, have=b"\x05", credit=16, mailbox=bytes(range(16))),
     "blob.pulling": BlobPulling(sending=1, missing=[3]),
