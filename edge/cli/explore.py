@@ -181,7 +181,7 @@ class _Walk:
             self._tokens.append(before)
         else:
             if count > len(self._tokens):
-                raise typer.BadParameter(f"{len(self._tokens)} commands can be taken back")
+                raise typer.BadParameter(f"no more than {len(self._tokens)} commands can be taken back")
             aim = self._tokens[-count]
             self._step(back=self._now.tokens - aim)
             del self._tokens[-count:]

@@ -9,7 +9,7 @@ bit-equal), and the counters say so. A snapshot is the exact way to keep one.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -70,6 +70,8 @@ class Record(msgspec.Struct):
     """Secret: what its snapshots are sealed with, so that they share their blocks."""
     parent: bytes = b""
     """Digest of the snapshot that it was saved as last, or resumed from; empty when there is none."""
+    salient: list[tuple[int, float]] = []
+    """As ``Conversation.salient``."""
 
 
 class Conversation:
@@ -84,6 +86,7 @@ class Conversation:
         *,
         key: DataKey | None = None,
         parent: bytes = b"",
+        salient: Sequence[tuple[int, float]] = (),
     ) -> None:
         self.name = name
         self.key = key or DataKey.generate()
@@ -91,6 +94,8 @@ class Conversation:
         self.state = state
         self.messages = messages
         self.turn_start = turn_start
+        self.salient = list(salient)
+        """From which token on what was said had which salience, 0 to 1; none before the first."""
         self.last_command = ""
         self.keep = True
         """Whether it is kept on disk; else it goes when its memory is wanted."""
@@ -101,6 +106,11 @@ class Conversation:
         """Whether some of these came from the pool on another node's word: what follows them is not put there."""
         self.closed = False
         """Its cache is gone."""
+
+    def note_salience(self, start: int, salience: float) -> None:
+        """From token ``start`` on a run's ``salience`` holds."""
+        if salience != (self.salient[-1][1] if self.salient else 0.0):
+            self.salient.append((start, salience))
 
     def close(self) -> None:
         """Give the cache's memory back."""
@@ -123,6 +133,7 @@ class Conversation:
             constrained_tokens=state.constrained_tokens,
             data_key=self.key.secret,
             parent=self.parent,
+            salient=self.salient,
         )
 
 
@@ -257,7 +268,9 @@ class Conversations:
         state.finish_reason = record.finish_reason
         state.constrained_tokens = record.constrained_tokens
         key = DataKey(record.data_key) if record.data_key else None
-        conversation = Conversation(name, state, record.messages, record.turn_start, key=key, parent=record.parent)
+        conversation = Conversation(
+            name, state, record.messages, record.turn_start, key=key, parent=record.parent, salient=record.salient
+        )
         conversation.last_command = record.last_command
         return conversation
 
@@ -312,7 +325,13 @@ class Conversations:
         state.settings, state.new_tokens, state.finish_reason = record.settings, record.new_tokens, record.finish_reason
         state.constrained_tokens = record.constrained_tokens
         conversation = Conversation(
-            name, state, record.messages, record.turn_start, key=fetched.key, parent=record.parent
+            name,
+            state,
+            record.messages,
+            record.turn_start,
+            key=fetched.key,
+            parent=record.parent,
+            salient=record.salient,
         )
         conversation.last_command = record.last_command
         extra = snapshot.extra_of(fetched.manifest, fetched.private)

@@ -36,7 +36,7 @@ from services.model_runner.first_step import FirstStep
 from services.model_runner.handoff import Handoff, Unusable, since_ms
 from services.model_runner.reading import Reading
 from services.model_runner.rounds import Loaded
-from services.model_runner.saving import FindBasis, extra_of, fidelity_of
+from services.model_runner.saving import FindBasis, extra_of, fidelity_of, read_extra
 from services.model_runner.taking import AskHere, FetchBasis, Taken, Taking, no_basis
 from services.model_runner.telling import Say
 from services.model_runner.timeline import Timeline
@@ -256,7 +256,15 @@ class Resuming:
         self._weighing.check_not_running(handoff.name)  # a run may have begun while the chunks were on their way
         messages, turn_start = extra_of(opened.manifest, opened.private)
         parent = bytes.fromhex(identifier)
-        conversation = Conversation(handoff.name, resumed.state, messages, turn_start, key=opened.key, parent=parent)
+        conversation = Conversation(
+            handoff.name,
+            resumed.state,
+            messages,
+            turn_start,
+            key=opened.key,
+            parent=parent,
+            salient=read_extra(opened.manifest, opened.private).salient,
+        )
         conversation.whole_chunks = reading.whole_chunks if reading is not None else []
         conversation.keep = handoff.ask.keep
         loaded.conversations.hold(conversation)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -48,7 +49,7 @@ from services.model_runner.engine import Engine, LayerState, Logits, ModelSpec, 
 from services.model_runner.moments import Moment
 from services.model_runner.parking import Fetched
 from services.model_runner.pruning import PIECE_TOKENS as LOOK_TOKENS
-from services.model_runner.pruning import Seen, look
+from services.model_runner.pruning import Floats, Seen, look
 from services.model_runner.rounds import Loaded
 from services.model_runner.shrinking import Shrunk, shrink
 from services.model_runner.telling import OnBytes, Say, silent, telling, unless
@@ -68,6 +69,8 @@ class Extra(msgspec.Struct, omit_defaults=True):
     turn_start: int
     moment: Moment | None = None
     """Of a checkpoint that nobody asked for."""
+    salient: list[tuple[int, float]] = []
+    """As ``Conversation.salient``."""
 
 
 def read_extra(manifest: SnapshotManifest, private: PrivatePart) -> Extra:
@@ -312,7 +315,7 @@ class Saving:
             conversation=name,
             creator=self._context.identity.node,
             key=conversation.key,
-            extra=msgspec.to_builtins(Extra(messages, conversation.turn_start, moment)),
+            extra=msgspec.to_builtins(Extra(messages, conversation.turn_start, moment, conversation.salient)),
             logits=self._peek(engine, conversation) if peek and not tokens_only else None,
             parent=conversation.parent,
             label=label,
@@ -368,8 +371,7 @@ class Saving:
         """As ``encode``, after pruning where ``wishes`` ask for that, or for a budget. Raises ModelError."""
         if copied.tokens_only or not (wishes.prune or wishes.budget_ratio):
             return Shrunk(copied, self.encode(engine, copied, wishes, source), {})
-        tokens = copied.tokens[:-1]
-
+        tokens, salience = copied.tokens[:-1], _salience(copied)
         on_bytes = self._on_bytes
 
         def look_at(layers: Sequence[LayerState], needs: frozenset[str]) -> Seen:
@@ -384,7 +386,7 @@ class Saving:
                         yield
                 except StopIteration as stopped:
                     seen: Seen = stopped.value
-                    return seen
+                    return replace(seen, salience=salience)
                 finally:
                     found.close()
 
@@ -522,6 +524,20 @@ class Saving:
         except MindstreamError:
             return True  # who has it stood there
         return known_to_others(parent, copied.key.id, self._context.peers.keyring())
+
+
+def _salience(copied: snapshot.Copied) -> Floats | None:
+    """Of each cached token, (tokens,), 0 to 1, as far as it was said; None where nothing was."""
+    try:
+        salient = msgspec.convert(copied.progress.extra.get("salient", []), list[tuple[int, float]])
+    except msgspec.ValidationError:
+        return None  # of another node's snapshot; pruning does without
+    if not salient:
+        return None
+    found = np.zeros(len(copied.tokens) - 1, np.float32)
+    for start, salience in salient:
+        found[max(0, start) :] = salience
+    return found
 
 
 def _without_basis(encoded: Encoded) -> Encoded:

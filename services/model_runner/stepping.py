@@ -159,7 +159,13 @@ class Stepping:
             theirs.new_tokens,
         )
         found = Conversation(
-            ask.conversation, state, source.messages, source.turn_start, key=source.key, parent=source.parent
+            ask.conversation,
+            state,
+            source.messages,
+            source.turn_start,
+            key=source.key,
+            parent=source.parent,
+            salient=source.salient,
         )
         found.keep = False
         return found

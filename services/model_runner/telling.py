@@ -39,7 +39,7 @@ def telling(run: str, say: Say) -> OnBytes:
         if phase == phase_now and done_bytes < total_bytes and now_s - said_s < EVERY_S:
             return
         phase_now, said_s = phase, now_s
-        say(run, SnapshotProgress(phase, done_bytes, max(done_bytes, total_bytes)))
+        say(run, SnapshotProgress(phase, done_bytes, max(done_bytes, total_bytes) if total_bytes else 0))
 
     return on_bytes
 

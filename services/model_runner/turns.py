@@ -61,9 +61,11 @@ class Turn:
         Raises InvalidPrompt or ContextOverflow, and then the conversation is as it was; ModelError when memory runs
         out."""
         if found is not None and self.extends:
+            start = len(found.state.tokens)
             extend(engine, found.state, self.tokens, sampling=self.sampling, settings=self.settings)
             if self.tokens:
                 found.messages, found.turn_start = self.messages, len(found.state.tokens)
+            found.note_salience(start, self.ask.salience)
             found.keep = found.keep or self.ask.keep
             return found
         state = begin(
@@ -71,6 +73,7 @@ class Turn:
         )
         key, parent = (found.key, found.parent) if found is not None else (None, b"")
         made = Conversation(self.ask.conversation, state, self.messages, len(self.tokens), key=key, parent=parent)
+        made.note_salience(0, self.ask.salience)
         made.keep = self.ask.keep or (found is not None and found.keep)
         return made
 

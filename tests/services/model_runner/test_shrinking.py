@@ -8,6 +8,7 @@ import pytest
 from protocol.errors import ModelError
 from services.model_runner.generation import generate
 from services.model_runner.positions import positions_of
+from services.model_runner.saving import read_extra
 from tests.services.model_runner.test_saving import ANY, Node, bus, node
 
 __all__ = ["bus", "node"]  # fixtures
@@ -47,6 +48,32 @@ def test_every_pruner_can_be_asked_for_with_a_rung(node: Node, prune: str) -> No
     assert positions is not None
     assert len(positions) == saved.kept_tokens
     list(generate(node.loaded.engine, resumed.state))
+
+
+def test_what_was_said_to_be_salient_is_an_anchor_wherever_the_conversation_goes_on(node: Node) -> None:
+    node.answer("talk", "what was said before " * 4)
+    start = len(node.loaded.conversations.get("talk").state.tokens)
+    node.answer("talk", "what matters " * 4, salience=1.0)
+    end = len(node.loaded.conversations.get("talk").state.tokens)
+    node.answer("talk", "what was said after " * 12)
+    salient = [(start, 1.0), (end, 0.0)]
+    assert node.loaded.conversations.get("talk").salient == salient
+
+    def kept(identifier: str) -> int:
+        held = positions_of(node.loaded.engine.export_layers(node.resumed(identifier, lossy=True).state.cache))
+        assert held is not None
+        return int(((held >= start) & (held < end)).sum())
+
+    pruned = node.save("talk", prune="anchors:0.5", **ANY)
+    node.loaded.conversations.get("talk").salient.clear()
+    other = node.save("talk", prune="anchors:0.5", **ANY)
+    assert kept(pruned.snapshot) > kept(other.snapshot)
+    opened = node.opened(pruned.snapshot)
+    assert read_extra(opened.manifest, opened.private).salient == salient
+    # Of a snapshot as of a conversation.
+    node.loaded.conversations.get("talk").salient.extend(salient)
+    made = node.transcode(node.save("talk").snapshot, codec="raw", prune="anchors:0.5", **ANY)
+    assert kept(made.snapshot) == kept(pruned.snapshot)
 
 
 def test_a_snapshot_is_pruned_with_its_way_and_the_first_one_stays(node: Node) -> None:
