@@ -52,6 +52,10 @@ def chat(
     logprobs: Annotated[
         int, typer.Option(help="Show each token's log-probability, and so many of the likeliest.", min=0, max=20)
     ] = 0,
+    salience: Annotated[
+        float,
+        typer.Option(help="How much depends on it: snapshots that are pruned keep it for longer.", min=0, max=1),
+    ] = 0.0,
     stats: Annotated[bool, typer.Option("--stats", help="Print what each answer took, joules included.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -85,6 +89,7 @@ def chat(
             seed=seed,
             json_schema=schema,
             top_logprobs=logprobs,
+            salience=salience,
         )
         first.clear()
         said_tokens.clear()

@@ -14,7 +14,7 @@ from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from edge.snapshot_store import SnapshotStore
-from protocol.errors import MindstreamError, ModelError
+from protocol.errors import MindstreamError, ModelError, StorageError
 from protocol.layout import ChunkRef
 from protocol.manifest import SnapshotManifest
 from services.model_runner.intake import Intake
@@ -43,6 +43,8 @@ class Landing:
             self._places[ref.digest].append(index)
         self._landed: set[bytes] = set()
         self._unsynced: list[ChunkRef] = []
+        self._new: list[ChunkRef] = []
+        """Those that were not on the disk before."""
         self._room = threading.Semaphore(MOST_WAITING)
         self._changed = threading.Condition()
         self._under_way = 0
@@ -101,6 +103,8 @@ class Landing:
         started_s = time.perf_counter()
         for index in self._places[ref.digest]:
             self._intake.put(index, data)
+        if not self._store.has(ref):
+            self._new.append(ref)
         self._store.put_chunk(ref, data, sync=False)
         with self._changed:
             self.busy_s += time.perf_counter() - started_s
@@ -127,9 +131,13 @@ class Landing:
         self._check()
 
     def abandon(self) -> None:
-        """Wait until nothing is worked on any more; nothing may land from now on."""
+        """Wait until nothing is worked on any more; nothing may land from now on. What has come stays, for another try;
+        not where the disk is full, which would stay full of it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._under_way)
+        if isinstance(self._failure, StorageError):
+            while self._new:
+                self._store.drop_chunk(self._new.pop())
 
     def sync(self) -> None:
         """Have all that has landed on the disk. Raises StorageError."""

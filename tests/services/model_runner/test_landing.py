@@ -133,6 +133,32 @@ def test_a_disk_that_is_full_ends_it_with_the_disks_own_error(
         landing.finish()
 
 
+def test_a_transfer_that_fills_the_disk_gives_back_what_it_took_and_no_more(
+    tmp_path: Path,
+    engine: TransformersEngine,
+    packed: snapshot.Packed,
+    threads: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = SnapshotStore(tmp_path / "snapshots")
+    put_chunk, chunks = store.put_chunk, refs(packed)
+    put_chunk(*chunks[0])  # of another snapshot, say
+    last = chunks[-1][0].digest
+
+    def full(ref: ChunkRef, data: bytes, *, sync: bool = False) -> None:
+        if ref.digest == last:
+            raise StorageError("writing a chunk: no space left on device", reason="ENOSPC")
+        put_chunk(ref, data, sync=sync)
+
+    monkeypatch.setattr(store, "put_chunk", full)
+    landing = Landing(store, packed.manifest, intake(engine, packed), threads)
+    for ref, chunk in chunks:
+        landing.put_chunk(ref, chunk)
+    with pytest.raises(StorageError, match="no space"):
+        landing.finish()
+    assert [store.has(ref) for ref, _ in chunks] == [True] + [False] * (len(chunks) - 1)
+
+
 def test_who_sends_faster_than_chunks_are_worked_on_waits(
     tmp_path: Path, engine: TransformersEngine, packed: snapshot.Packed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
