@@ -43,6 +43,7 @@ def handoff(
     Its KV cache goes there, exactly, and the other node goes on with the very next step; or its tokens are read again
     there, where that is predicted to be quicker. The nodes decide by what they have measured.
     """
+    from edge.cli.snapshot_asks import told
     from protocol.messages import ModelResume
 
     chosen = _way(way)
@@ -51,7 +52,9 @@ def handoff(
         for node in (source, target):
             expect_service(bus, node, "model_runner")
         ask = ModelResume("", source, name, conversation, way=chosen, lossy=lossy, explain=explain or json)
-        resumed: ModelResumed = bus.ask(target, ask, ttl_ms=int(timeout_s * 1000))
+        resumed: ModelResumed = told(
+            bus, target, ask, f"handing {conversation[:40]} over to {target}", int(timeout_s * 1000)
+        )
     total_ms = (time.monotonic() - started_s) * 1000
     if json:
         print_json({"resumed": resumed, "total_ms": total_ms})

@@ -332,7 +332,9 @@ def _saved(node: str, asked: Asked, title: str, json: bool) -> None:
         print(said_fidelity(wanted.tested_tokens, wanted.mean_kl, wanted.top1, wanted.measured))
 
 
-def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelResume, title: str) -> Any:
+def told(
+    bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelResume, title: str, ttl_ms: int = TTL_MS
+) -> Any:
     """The answer to a long ask, with a bar meanwhile. Ctrl-C cancels it, and waits until nothing of it is left; a
     second one gives up waiting. Raises typer.Exit then."""
     from edge.cli.context import EXIT_INTERRUPTED
@@ -353,7 +355,7 @@ def told(bus: Bus, target: str, ask: ModelSnapshot | SnapshotTranscode | ModelRe
         cancelled = False
         try:
             bus.wait_subscribed(5.0)
-            answer = bus.ask_later(target, ask, ttl_ms=TTL_MS)
+            answer = bus.ask_later(target, ask, ttl_ms=ttl_ms)
             while not stopped:
                 try:
                     # With a timeout, so that Ctrl-C is heard.
