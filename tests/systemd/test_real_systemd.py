@@ -199,3 +199,5 @@ def test_a_letter_crosses_between_two_hardened_units(machine: PrivateSystemd) ->
     # RemoveIPC= takes what a user has in /dev/shm, with the last of its units: not with the first.
     machine.run("sh", "-c", "touch /var/lib/mindstream/mailbox-probe/reader-ended")
     assert answer(writer) == {"here": True, "left_bytes": 0, "folder": True, "reason": ""}
+
+    wait_for(lambda: "mindstream" not in machine.run("ls", "/dev/shm"), "the last unit has not cleared the folder away")
