@@ -470,9 +470,14 @@ class ModelRunner(Service):
         return _deferred(self._points(message.data))
 
     def _points(self, ask: SnapshotTimelineAsk) -> Future[SnapshotTimeline]:
-        loaded = self.worker.loaded
-        decode = loaded.chat.decode if loaded is not None else None
-        return self._readers.submit(self.timeline.ask, ask.conversation, decode)
+        def read() -> SnapshotTimeline:
+            if self.worker.loaded is None:
+                return self.timeline.ask(ask.conversation, None)
+            live = self.worker.between_tokens(lambda loaded: loaded.conversations.live(ask.conversation)).result()
+            parent = live.parent.hex() if live is not None else ""
+            return self.timeline.ask(ask.conversation, self.worker.loaded.chat.decode, parent)
+
+        return self._readers.submit(read)
 
     @hears(ModelResume)
     def resume(self, message: Received) -> Deferred:

@@ -74,12 +74,13 @@ class Timeline:
         found.sort(key=lambda point: (point.created_us, point.tokens))
         return [point for point in found if conversation in ("", point.conversation)]
 
-    def lineage(self, conversation: str) -> list[Point]:
-        """The points of a conversation and, before them, those that it was branched from, by their parents."""
+    def lineage(self, conversation: str, parent_id: str = "") -> list[Point]:
+        """The points of a conversation and, before them, those that it was branched from, by their parents;
+        ``parent_id`` is that of the conversation as it is now, which may not have been saved since."""
         everything = {point.identifier: point for point in self.points()}
         found = {point.identifier: point for point in everything.values() if point.conversation == conversation}
-        for point in tuple(found.values()):
-            parent = everything.get(point.parent)
+        for identifier in (parent_id, *(point.parent for point in found.values())):
+            parent = everything.get(identifier)
             while parent is not None and parent.identifier not in found:
                 found[parent.identifier] = parent
                 parent = everything.get(parent.parent)
@@ -92,9 +93,10 @@ class Timeline:
             raise not_labelled(conversation, label, self._identity.node)
         return points[-1].identifier
 
-    def ask(self, conversation: str, decode: Decode | None) -> SnapshotTimeline:
-        """What is answered to who asks for a timeline; without ``decode`` (there is no model) no texts."""
-        points = self.lineage(conversation)
+    def ask(self, conversation: str, decode: Decode | None, parent_id: str = "") -> SnapshotTimeline:
+        """What is answered to who asks for a timeline; without ``decode`` (there is no model) no texts; ``parent_id``
+        as of ``lineage``."""
+        points = self.lineage(conversation, parent_id)
         holders: Counter[bytes] = Counter()
         for point in self.points():
             holders.update(chunk.digest for chunk in point.chunks)

@@ -101,6 +101,7 @@ def test_a_saved_conversation_goes_on_under_another_name_and_on_another_node(sit
     # A branch is a resume under another name: both go on alike.
     resumed = site.json("resume", saved["snapshot"][:12], "--as", branch)
     assert (resumed["conversation"], resumed["how"], resumed["tokens"]) == (branch, "exact", saved["tokens"])
+    assert [each["snapshot"] for each in site.json("timeline", branch)["moments"]] == [saved["snapshot"]]
     there = site.json("resume", saved["snapshot"], "--from", "tomato", node="sprout")
     assert (there["conversation"], there["how"]) == (name, "exact")
     ours = site.say(name).tokens
