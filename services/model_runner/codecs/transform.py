@@ -39,7 +39,6 @@ from services.model_runner.codecs.base import (
 )
 from services.model_runner.codecs.basis import KEYS, NEAR, Basis, Group
 from services.model_runner.codecs.exact_rows import held_rows, pack_rows, read_counts, sinks_in, unpack_rows
-from services.model_runner.engine import STORAGE_DTYPES
 
 DEAD_ZONE = 0.15
 """A number is rounded away from 0 only when it is this much beyond the half: more zeros, at hardly any more error."""
@@ -176,16 +175,15 @@ class Transform(Codec):
         rows = held_rows(layer, layout, first, last)
         numbers = values.T @ self._back[at]
         numbers += group.mean
-        # All layers of a group are alike, and their keys turn alike.
+        # All layers of a group are alike, and their keys turn alike. One layer at a time stays in a processor's cache.
+        turned = _waves_of(layout, layer, rows, self.basis.angles[group.layers[0]]) if group.side == KEYS else None
         heads = numbers.reshape(len(numbers), -1, layer.head_dim)
-        if group.side == KEYS:
-            heads = rotate(heads, *_waves_of(layout, layer, rows, self.basis.angles[group.layers[0]]))
-        floats = np.ascontiguousarray(heads.transpose(1, 0, 2))
-        stored = np.empty(floats.shape, STORAGE_DTYPES[layout.dtype])
-        from_floats(floats, layout.dtype, stored)
+        floats = np.empty((layer.kv_heads, len(numbers), layer.head_dim), np.float32)
         for place, index in enumerate(group.layers):
+            own = heads[:, place * layer.kv_heads : (place + 1) * layer.kv_heads]
+            np.copyto(floats, (own if turned is None else rotate(own, *turned)).transpose(1, 0, 2))
             target = planes[index].keys if group.side == KEYS else planes[index].values
-            target[:, rows] = stored[place * layer.kv_heads : (place + 1) * layer.kv_heads]
+            from_floats(floats, layout.dtype, target[:, rows])
 
 
 def gather(
