@@ -32,7 +32,7 @@ from services.model_runner.calibration import calibrated
 from services.model_runner.chat import ChatFormat
 from services.model_runner.codecs import RUNGS
 from services.model_runner.codecs.base import Codec
-from services.model_runner.codecs.basis import NEAR, SMALL, Basis, read_basis
+from services.model_runner.codecs.basis import NEAR, Basis, read_basis
 from services.model_runner.codecs.ladder import decode_blocks, encode_blocks
 from services.model_runner.codecs.transform import Transform
 from services.model_runner.engine import Engine, LayerState
@@ -116,9 +116,8 @@ def measure(
     """The table, as figures; ``{rung}_…`` each."""
     texts = _texts(engine, chat, source(), prefix_tokens, continuation_tokens, most_texts, progress)
     rungs: dict[str, Codec] = {name: rung() for name, rung in RUNGS.items()}
-    for level in (NEAR, SMALL):
-        if basis is not None and level in basis.levels:
-            rungs[f"transform_{level}"] = Transform(basis, level)
+    if basis is not None:
+        rungs |= {f"transform_{level}": Transform(basis, level) for level in basis.levels}
     rows = {}
     with tempfile.TemporaryDirectory(prefix="mindstream-bench-") as scratch, _workers() as workers:
         for name, rung in rungs.items():
@@ -278,7 +277,8 @@ def _summary(figures: Figures, basis: Basis | None) -> Figures:
     enough = int(figures["codec_texts_count"] or 0) >= LEAST_TEXTS
     ratios: list[tuple[float, str]] = []
     at_5pct = []
-    for name in ("lossless", "int8", "rotated4", "transform_near", "transform_small"):
+    transforms = [f"transform_{level}" for level in basis.levels] if basis is not None else []
+    for name in ("lossless", "int8", "rotated4", *transforms):
         values = [figures.get(f"{name}_{each}") for each in ("ratio", "dppl_pct", "dppl_worst_pct", "top1")]
         if None in values:
             continue
