@@ -145,11 +145,14 @@ class Link(msgspec.Struct):
 
     def transfer(self, size_bytes: int, seconds: float, now_us: int) -> None:
         """Something came. What is small says little of the rate: most of its time is latency."""
-        own = seconds - (self.latency.likely if self.latency.known else 0.0)
-        if size_bytes >= LEAST_RATED_BYTES and own > 0:
+        if size_bytes >= LEAST_RATED_BYTES and seconds > 0:
+            # What came as quickly as an empty answer came over a fast link: how fast is not known, but that is.
+            own = max(seconds - (self.latency.likely if self.latency.known else 0.0), LEAST_MOVING * seconds)
             self.byte.add(own / size_bytes, now_us, min(1.0, size_bytes / FULL_RATED_BYTES))
 
 
+LEAST_MOVING = 0.2
+"""At least this share of a transfer's time counts as its bytes' own."""
 LEAST_RATED_BYTES = 2_000
 FULL_RATED_BYTES = 1_000_000
 

@@ -112,6 +112,15 @@ def test_what_is_small_says_nothing_of_a_links_rate() -> None:
     assert math.isclose(link.byte.likely, 1e-6, rel_tol=1e-6)
 
 
+def test_a_probe_that_came_as_quickly_as_an_empty_answer_tells_of_a_fast_link() -> None:
+    link = Link()
+    for _ in range(5):
+        link.latency.add(0.004, 0)
+    link.transfer(20_000, 0.003, 0)
+    assert link.byte.known
+    assert 0.0005 / 20_000 < link.byte.likely < 0.003 / 20_000
+
+
 # --- choosing -------------------------------------------------------------------------------------------------
 
 
