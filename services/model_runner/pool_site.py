@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_TOLERANCE = 0.2
 """Of readings under other numerics: so far may keys and values of any position in any layer be apart, and states,
-relative to their size (``pool_blocks.difference``)."""
+relative to their size (``pool_blocks.difference``). Measured on SmolLM2-135M, the worst position of 512: 0.08 between
+two chunk schedules in bfloat16, 0.16 between bfloat16 and float32 (docs/pool.md)."""
 SAY_S = 5.0
 MOST_VERDICTS = 16_384
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from edge.bus import Bus
 from edge.config import Config
 from edge.keys import Peers, load_or_create_identity
 from edge.service import Context
+from protocol.layout import BLOCK_TOKENS
 from protocol.messages import Event, ModelGenerate, RunDone
 from services.model_runner.chat import ChatFormat
 from services.model_runner.conversations import Conversations
@@ -29,6 +31,12 @@ from tests.support.waiting import DEADLINE_S, wait_for
 
 TTL_MS = 60_000
 CONTEXT_TOKENS = 2048
+BLOCKS = 2
+
+
+def prompt(seed: int = 0, blocks: int = BLOCKS) -> list[int]:
+    """Somewhat more than so many blocks."""
+    return [(at * at + 3 * at + seed * 17 + at // (seed + 2)) % 256 for at in range(blocks * BLOCK_TOKENS + 30)]
 
 
 class LyingEngine(TransformersEngine):
@@ -136,6 +144,18 @@ class PoolNode:
         wait_for(lambda: self.entries >= count and not self.pool.busy, f"{self.name} has {count} pool entries")
 
 
+def wait_heard(node: PoolNode, holder: str, tokens: list[int]) -> None:
+    """Until ``node`` knows that ``holder`` holds the beginning of ``tokens``."""
+
+    def known() -> bool:
+        # Whom it would ask is another matter where several hold them.
+        plan = node.pool.look(tokens, 0)
+        blocks = (len(tokens) - 1) // BLOCK_TOKENS
+        return plan is not None and node.pool.peers.holders(plan.names, 0).get(holder) == blocks
+
+    wait_for(known, f"{node.name} has not heard what {holder} holds")
+
+
 class Talker:
     """A client that lets nodes answer."""
 
@@ -152,11 +172,15 @@ class Talker:
 
     def ask(self, node: PoolNode, prompt: Sequence[int], **settings: Any) -> RunDone:
         """``node``'s answer to ``prompt``, in a new conversation."""
+        done: RunDone = self.ask_later(node, prompt, **settings).result()
+        return done
+
+    def ask_later(self, node: PoolNode, prompt: Sequence[int], **settings: Any) -> Future[RunDone]:
+        """The same, as it will come."""
         self._number += 1
         asked = {"max_new_tokens": 4, "ignore_eos": True} | settings
         ask = ModelGenerate(f"c{self._number}", prompt_tokens=list(prompt), **asked)
-        done: RunDone = self.bus.ask(node.name, ask, ttl_ms=TTL_MS)
-        return done
+        return self.bus.ask_later(node.name, ask, ttl_ms=TTL_MS)
 
 
 @contextmanager

@@ -12,15 +12,8 @@ from edge.group_keys import GroupKeys
 from protocol.errors import UnknownPeer
 from protocol.layout import BLOCK_TOKENS
 from protocol.pool import read_witness, read_witnesses
-from tests.services.model_runner.pool_nodes import LyingEngine, OtherEngine, PoolNode, site
+from tests.services.model_runner.pool_nodes import BLOCKS, LyingEngine, OtherEngine, PoolNode, prompt, site, wait_heard
 from tests.support.waiting import wait_for
-
-BLOCKS = 2
-
-
-def prompt(seed: int = 0, blocks: int = BLOCKS) -> list[int]:
-    """Somewhat more than so many blocks."""
-    return [(at * at + 3 * at + seed * 17 + at // (seed + 2)) % 256 for at in range(blocks * BLOCK_TOKENS + 30)]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +25,6 @@ def broker_url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def model(small_models: dict[str, Path]) -> Path:
     return small_models["llama"]
-
-
-def wait_heard(node: PoolNode, holder: PoolNode, tokens: list[int]) -> None:
-    """Until ``node`` knows that ``holder`` holds the beginning of ``tokens``."""
-
-    def known() -> bool:
-        # Whom it would ask is another matter where several hold them.
-        plan = node.pool.look(tokens, 0)
-        blocks = (len(tokens) - 1) // BLOCK_TOKENS
-        return plan is not None and node.pool.peers.holders(plan.names, 0).get(holder.name) == blocks
-
-    wait_for(known, f"{node.name} has not heard what {holder.name} holds")
 
 
 def wait_counted(node: PoolNode, counter: str, count: int) -> None:
@@ -70,7 +51,7 @@ def test_a_node_goes_on_from_what_another_has_read_and_says_the_same(
         assert read.usage is not None
         assert read.usage.pooled_tokens == 0
         tomato.wait_entries(BLOCKS)
-        wait_heard(sprout, tomato, prompt())
+        wait_heard(sprout, tomato.name, prompt())
         fetched = talker.ask(sprout, prompt())
         assert fetched.tokens == read.tokens
         assert fetched.usage is not None
@@ -94,7 +75,7 @@ def test_a_node_that_joins_later_is_given_the_group_key_and_one_that_is_not_trus
         sprout.start()
         stranger.start()
         try:
-            wait_heard(sprout, tomato, prompt())
+            wait_heard(sprout, tomato.name, prompt())
             assert GroupKeys(sprout.root, sprout.identity, sprout.peers).versions()
             wait_for(lambda: stranger.pool.peers.no_key_of == {"tomato"}, "the stranger has not heard of the pool")
             with pytest.raises(UnknownPeer):
@@ -152,7 +133,7 @@ def test_a_node_whose_kv_is_altered_is_found_out_by_others_and_its_entries_set_a
         talker.ask(liar, prompt())
         liar.wait_entries(BLOCKS)
         for node in (tomato, sprout):
-            wait_heard(node, liar, prompt())
+            wait_heard(node, liar.name, prompt())
         tomato.pool.rates.read_s = lambda start, end: 0.0  # reading is quick there, so nothing is fetched
         read = talker.ask(tomato, prompt())
         assert read.usage is not None
@@ -215,7 +196,7 @@ def test_with_a_quorum_entries_are_used_once_so_many_others_agree(tmp_path: Path
         first = talker.ask(tomato, prompt())
         tomato.wait_entries(BLOCKS)
         for node in (sprout, garlic):  # one witness is not enough for the next
-            wait_heard(node, tomato, prompt())
+            wait_heard(node, tomato.name, prompt())
             read = talker.ask(node, prompt())
             assert read.usage is not None
             assert read.usage.pooled_tokens == 0
@@ -228,7 +209,7 @@ def test_with_a_quorum_entries_are_used_once_so_many_others_agree(tmp_path: Path
                 lambda node=node, others=others: agreed(node) == others,  # type: ignore[misc]
                 f"{name} has not heard both witnesses of all it has",
             )
-        wait_heard(basil, tomato, prompt())
+        wait_heard(basil, tomato.name, prompt())
         trusted = talker.ask(basil, prompt())
         assert trusted.usage is not None
         assert trusted.usage.pooled_tokens == BLOCKS * BLOCK_TOKENS
@@ -245,7 +226,7 @@ def test_who_has_read_the_same_before_compares_it_as_soon_as_it_is_announced(
         talker.ask(tomato, prompt())
         tomato.wait_entries(BLOCKS)
         liar.start()
-        wait_heard(liar, tomato, prompt())
+        wait_heard(liar, tomato.name, prompt())
         liar.pool.rates.read_s = lambda start, end: 0.0
         talker.ask(liar, prompt())
         wait_counted(tomato, "pool.disagreed", 2 * BLOCKS)  # each has said it of the other
@@ -261,7 +242,7 @@ def test_entries_of_other_numerics_are_close_where_that_is_accepted_and_witnesse
         tomato.start()
         talker.ask(other, prompt())
         other.wait_entries(BLOCKS)
-        wait_heard(tomato, other, prompt())
+        wait_heard(tomato, other.name, prompt())
         said = talker.ask(tomato, prompt())
         assert said.usage is not None
         if accept == "exact":
