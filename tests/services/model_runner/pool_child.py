@@ -27,12 +27,12 @@ def stall(marker: Path) -> None:
     real = Bundle.verified_chunk
     given = threading.Event()
 
-    def verified_chunk(self: Bundle, ref: ChunkRef, index: int) -> bytes | None:
+    def verified_chunk(self: Bundle, ref: ChunkRef, _index: int) -> bytes | None:
         if given.is_set():
             marker.write_text("")
             threading.Event().wait()
         given.set()
-        return real(self, ref, index)
+        return real(self, ref, _index)
 
     Bundle.verified_chunk = verified_chunk  # type: ignore[method-assign]
 
