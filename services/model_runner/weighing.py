@@ -10,7 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone
+from typing import Any
 
 import msgspec
 
@@ -49,6 +51,8 @@ PROBE_WORTH_S = 0.3
 """A link that is not known is probed when reading again would take this long."""
 PROBE_PATIENCE_S = 0.03
 """When a probe takes longer, reading begins beside it: then the link is slow, and it may well be what is decided."""
+SURE_COUNT = 1.0
+"""A link whose rate rests on less than so many measurements (``costs.Estimate.count``) is probed beside reading."""
 TRANSCODING_WORTH_S = 0.3
 """A holder is asked what it could transcode a snapshot to when fetching it as it is would take this long."""
 
@@ -230,9 +234,13 @@ class Weighing:
         ask = handoff.ask
         handoff.prefill_s = self._book.prefill.seconds(0, handoff.tokens - 1)
         far = ask.way == "auto" and ask.holder != self._node and not handoff.kv_refused
-        if far and handoff.prefill_s > PROBE_WORTH_S and not self._book.link(ask.holder).byte.known:
+        worth = far and handoff.prefill_s > PROBE_WORTH_S
+        byte = self._book.link(ask.holder).byte
+        if worth and not byte.known:
             self._probe(handoff, begin_reading)
         self._choose(handoff)
+        if worth and byte.known and byte.count < SURE_COUNT and handoff.best.codec == costs.TOKENS:
+            self._probe_beside(handoff)
         if far and handoff.named and handoff.options[1].likely_s > TRANSCODING_WORTH_S:
             self._ask_for_transcoding(handoff)
         handoff.decided_s = time.monotonic()
@@ -277,6 +285,20 @@ class Weighing:
             return
         self._book.fetched(holder, size_bytes, time.monotonic() - started_s)
         handoff.phases.ask_ms += since_ms(started_s)
+
+    def _probe_beside(self, handoff: Handoff) -> None:
+        """While it is read again: else a link that was probed at a bad moment would be held to be slow for ever."""
+        holder, started_s = handoff.ask.holder, time.monotonic()
+        size_bytes = costs.probe_bytes(handoff.prefill_s)
+
+        def note(coming: Future[Any]) -> None:
+            if not coming.cancelled() and coming.exception() is None:
+                self._book.fetched(holder, size_bytes, time.monotonic() - started_s)
+
+        try:
+            self._bus.ask_later(holder, LinkProbe(size_bytes), ttl_ms=MANIFEST_TTL_MS).add_done_callback(note)
+        except MindstreamError as error:
+            log.info("the link to %s is not probed again: %s", holder, error)
 
     def _ask_for_transcoding(self, handoff: Handoff) -> None:
         """Weigh what the holder could transcode a snapshot to, beside the snapshot as it is."""
