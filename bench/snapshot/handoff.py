@@ -52,7 +52,7 @@ MBIT = 1e6
 RATES_BITS = (1 * MBIT, 10 * MBIT, 100 * MBIT, 1000 * MBIT, 10_000 * MBIT)
 LENGTHS = (64, 256, 1_024, 64, 256, 1_024, 4_096)
 """Of the prompts that each receiver takes over, in this order."""
-LONG_TOKENS = 4_096
+LONG, LONG_TOKENS = "long", 4_096
 BUS_RUNGS: tuple[CodecName, ...] = ("raw", "int8", "rotated4")
 """Exact, and near-lossless without a basis."""
 SLACK, SLACK_S = 1.1, 0.05
@@ -90,8 +90,8 @@ def part(bench: Bench) -> Figures:
         names = [HOLDER, NEAR, *(_name(rate) for rate in rates)]
         _trust_each_other(folder, names)
         run = _Run(bench, folder, bus, broker.url)
-        ending.enter_context(run.node(HOLDER, broker.url, memory=2 + len(set(lengths))))
-        run.read_at_holder({*lengths, long_tokens})
+        ending.enter_context(run.node(HOLDER, broker.url, memory=3 + len(lengths)))
+        run.read_at_holder(lengths, long_tokens)
         with run.node(NEAR, broker.url):
             figures = run.long(long_tokens, 1 if bench.quick else LONG_ROUNDS)
             ratios = run.handoffs("loopback", NEAR, lengths)
@@ -111,6 +111,11 @@ def part(bench: Bench) -> Figures:
         "handoff_ways": ", ".join(sorted(run.ways)),
         "handoff_broker": brokers.__name__.removesuffix("Broker").lower(),
     }
+
+
+def _conversation(number: int, tokens: int) -> tuple[str, int]:
+    """Name and length of what a receiver takes over as so many-th: another each time, so that it has nothing of it."""
+    return f"p{number}-{tokens}", tokens
 
 
 def _name(rate: float) -> str:
@@ -194,12 +199,10 @@ class _Run:
         at = 17 * next(self._fresh)
         return self._corpus[at : at + tokens]
 
-    def read_at_holder(self, lengths: set[int]) -> None:
-        """One conversation of each length, and one token of its answer."""
-        for tokens in sorted(lengths):
-            ask = ModelGenerate(
-                f"p{tokens}", prompt_tokens=self._prompt(tokens), max_new_tokens=1, ignore_eos=True, keep=True
-            )
+    def read_at_holder(self, lengths: tuple[int, ...], long_tokens: int) -> None:
+        """A conversation for each handoff, and the long one; each with one token of its answer."""
+        for name, tokens in [*map(_conversation, range(len(lengths)), lengths), (LONG, long_tokens)]:
+            ask = ModelGenerate(name, prompt_tokens=self._prompt(tokens), max_new_tokens=1, ignore_eos=True, keep=True)
             started_s = time.perf_counter()
             self._bus.ask(HOLDER, ask, ttl_ms=TTL_MS)
             took_s = time.perf_counter() - started_s
@@ -229,7 +232,7 @@ class _Run:
 
     def long(self, tokens: int, rounds: int) -> Figures:
         """From this disk, and over the broker, to the first token; against reading and the first token."""
-        name = f"p{tokens}"
+        name = LONG
         rungs = [f"bus_{rung}" for rung in BUS_RUNGS]
         times: dict[str, list[float]] = {kind: [] for kind in ("read", "disk", "disk_warm", "bus_handoff", *rungs)}
         said: dict[str, ModelResumed] = {}
@@ -303,9 +306,9 @@ class _Run:
     def handoffs(self, link: str, node: str, lengths: tuple[int, ...]) -> list[float]:
         """Of each handoff its time over 1.1 times reading again and 50 ms."""
         ratios = []
-        for tokens in lengths:
+        for name, tokens in map(_conversation, range(len(lengths)), lengths):
             before_s = self._reading(node, tokens)
-            took_s, resumed = self._resume(node, ModelResume("", HOLDER, source=f"p{tokens}"))
+            took_s, resumed = self._resume(node, ModelResume("", HOLDER, source=name))
             # Before and after it, as what else the machine does changes.
             reading_s = (before_s + self._reading(node, tokens)) / 2
             ratios.append(took_s / (SLACK * reading_s + SLACK_S))
