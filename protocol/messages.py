@@ -657,13 +657,13 @@ class HandoffOffer(msgspec.Struct, omit_defaults=True):
 class LinkProbe(msgspec.Struct):
     """Ask for bytes, to see how fast they come."""
 
-    size_bytes: Annotated[int, Meta(ge=0, le=64 * KIB)]
+    size_bytes: Annotated[int, Meta(ge=0, le=512 * KIB)]
 
 
 class LinkProbed(msgspec.Struct):
     """So many random bytes."""
 
-    data: Annotated[bytes, Meta(max_length=64 * KIB)]
+    data: Annotated[bytes, Meta(max_length=512 * KIB)]
 
 
 class ModelStep(msgspec.Struct, omit_defaults=True):
@@ -1111,7 +1111,7 @@ _ROWS: tuple[MessageRow, ...] = (
         max_bytes=4 * KIB,
         ask=AskRow("model_runner", "probe", "link.probed"),
     ),
-    _row("link.probed", LinkProbed, topics.REPLY, max_bytes=68 * KIB),
+    _row("link.probed", LinkProbed, topics.REPLY, max_bytes=516 * KIB),
     _row(
         "model.resume",
         ModelResume,

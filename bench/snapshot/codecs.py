@@ -272,19 +272,21 @@ def _figures(name: str, row: _Row) -> Figures:
 def _summary(figures: Figures, basis: Basis | None) -> Figures:
     """The figures that stand for the ladder: null where a level misses its fidelity, or texts are too few."""
     found: Figures = dict.fromkeys(("near_lossless_ratio", "kl_at_near_lossless", "top1_at_near_lossless"))
-    found |= {"ratio_at_5pct": None, "near_lossless_rung": None}
+    found |= {"ratio_at_5pct": None, "near_lossless_rung": None, "near_lossless_top1_94_ratio": None}
     found["basis_mb"] = round(basis.size_bytes / 1e6, 3) if basis is not None else None
     enough = int(figures["codec_texts_count"] or 0) >= LEAST_TEXTS
     ratios: list[tuple[float, str]] = []
-    at_5pct = []
+    agreeing, at_5pct = [], []
     transforms = [f"transform_{level}" for level in basis.levels] if basis is not None else []
     for name in ("lossless", "int8", "rotated4", *transforms):
         values = [figures.get(f"{name}_{each}") for each in ("ratio", "dppl_pct", "dppl_worst_pct", "top1")]
         if None in values:
             continue
         ratio, mean, worst, top1 = (float(value) for value in values if value is not None)
-        if mean <= 1 and worst <= 2.5 and top1 >= 0.94:
+        if mean <= 1 and worst <= 2.5:
             ratios.append((ratio, name))
+            if top1 >= 0.94:
+                agreeing.append(ratio)
         if mean <= 5:
             at_5pct.append(ratio)
     if enough and ratios:
@@ -295,6 +297,8 @@ def _summary(figures: Figures, basis: Basis | None) -> Figures:
             "kl_at_near_lossless": figures[f"{name}_kl"],
             "top1_at_near_lossless": figures[f"{name}_top1"],
         }
+    if enough and agreeing:
+        found["near_lossless_top1_94_ratio"] = max(agreeing)
     if enough and at_5pct:
         found["ratio_at_5pct"] = max(at_5pct)
     return found

@@ -48,9 +48,15 @@ class Point:
         return "exact" if self.kl <= 0 else "lossy"
 
     @property
+    def label(self) -> str:
+        """What stands beside it: a budget's name has the ratio that was asked for."""
+        share = re.fullmatch(r"prune (\w+) ([\d.]+)\+(.+)", self.name)
+        return f"{share[1]} {share[2]} % + {share[3]}" if share else self.name.replace("+", " by ")
+
+    @property
     def pruner(self) -> str:
         """Of ``prune_PRUNER_SHARE``: its name; empty for anything else."""
-        match = re.fullmatch(r"prune (.+) \d+", self.name)
+        match = re.fullmatch(r"prune (.+) [\d.]+", self.name)
         return match.group(1) if match else ""
 
 
@@ -116,7 +122,7 @@ def png(figures: Figures) -> bytes:
         drawing.dot(x_of(point.ratio), y_of(point.kl), _COLOURS[point.kind])
     named = [point for point in points if point.kind in ("exact", "lossy") or point in ends or _is_best(point, points)]
     for point in named:
-        label = point.pruner if point in ends else f"{point.name} {point.ratio:.3g}x"
+        label = point.pruner if point in ends else f"{point.label} {point.ratio:.3g}x"
         if point.kl > 0:
             label += f"  {point.dppl_pct:.2g} %"
         _label(drawing, label, x_of(point.ratio), y_of(point.kl), _COLOURS[point.kind], taken)
@@ -198,7 +204,8 @@ def _label(
     """Beside its point, wherever no other label is."""
     width, height = drawing.width(words, 0.45), 13.0
     sides = [(x + 11, y + 5), (x - 11 - width, y + 5)]
-    places = [(left, base + shift) for shift in (0, -15, 15, -30, 30, -45, 45) for left, base in sides]
+    shifts = (0, *itertools.chain.from_iterable((-step, step) for step in range(15, 181, 15)))
+    places = [(left, base + shift) for shift in shifts for left, base in sides]
     for left, base in places:
         box = (left, base - height, left + width, base + 3)
         inside = left >= _LEFT - 4 and box[2] <= _WIDTH - 6 and box[1] >= _TOP - 16
@@ -208,6 +215,8 @@ def _label(
         left, base = places[1] if sides[0][0] + width > _WIDTH - 6 else places[0]
         box = (left, base - height, left + width, base + 3)
     taken.append(box)
+    if abs(base - sides[0][1]) > 15:
+        drawing.line(x, y, left - 3 if left > x else left + width + 3, base - 4, _GRID)
     drawing.text(words, left, base, colour, 0.45)
 
 

@@ -415,9 +415,24 @@ def should_read_instead(
 
 
 def probe_bytes(prefill_s: float) -> int:
-    """How large a probe of an unknown link may be: a few per cent of reading again over the slowest link foreseen."""
-    return int(min(65_536, max(2_048, SLOWEST_BYTES_PER_S * 0.04 * prefill_s)))
+    """How large the first probe may be: for a few per cent of reading again, by the slowest link foreseen."""
+    return int(min(65_536, max(2_048, SLOWEST_BYTES_PER_S * PROBE_SHARE * prefill_s)))
 
 
+def larger_probe_bytes(size_bytes: int, took_s: float, latency_s: float, left_s: float) -> int:
+    """How large the next probe is, after one of ``size_bytes`` came in ``took_s``; 0 when that says enough.
+
+    What came about as quickly as an empty answer says only that the link is faster than that. The next one takes
+    ``left_s`` at most, were all of this one's time its bytes' own.
+    """
+    if took_s > 2 * latency_s:
+        return 0
+    larger = int(min(MOST_PROBE_BYTES, left_s * size_bytes / max(took_s, 1e-6)))
+    return larger if larger >= 2 * size_bytes else 0
+
+
+PROBE_SHARE = 0.04
+"""Of the time of reading again, that finding out about a link may take."""
+MOST_PROBE_BYTES = 524_288
 SLOWEST_BYTES_PER_S = 125_000.0
 """1 Mbit/s."""

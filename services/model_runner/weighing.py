@@ -51,6 +51,8 @@ PROBE_WORTH_S = 0.3
 """A link that is not known is probed when reading again would take this long."""
 PROBE_PATIENCE_S = 0.03
 """When a probe takes longer, reading begins beside it: then the link is slow, and it may well be what is decided."""
+PROBE_BESIDE_SHARE = 0.1
+"""Of the time of reading again, that a probe beside it may take by what is known of the link."""
 SURE_COUNT = 1.0
 """A link whose rate rests on less than so many measurements (``costs.Estimate.count``) is probed beside reading."""
 TRANSCODING_WORTH_S = 0.3
@@ -270,26 +272,35 @@ class Weighing:
         handoff.best = costs.choose(handoff.options, handoff.rungs, wanted, way=ask.way)
 
     def _probe(self, handoff: Handoff, begin_reading: Callable[[], None]) -> None:
+        """Ask for bytes, for more of them as long as they come at once."""
         holder = handoff.ask.holder
+        left_s = costs.PROBE_SHARE * handoff.prefill_s
         size_bytes = costs.probe_bytes(handoff.prefill_s)
-        started_s = time.monotonic()
-        try:
-            coming = self._bus.ask_later(holder, LinkProbe(size_bytes), ttl_ms=MANIFEST_TTL_MS)
+        while size_bytes:
+            started_s = time.monotonic()
             try:
-                coming.result(PROBE_PATIENCE_S)
-            except NotDone:
-                begin_reading()
-                coming.result()
-        except MindstreamError as error:
-            log.info("the link to %s is not known: %s", holder, error)
-            return
-        self._book.fetched(holder, size_bytes, time.monotonic() - started_s)
-        handoff.phases.ask_ms += since_ms(started_s)
+                coming = self._bus.ask_later(holder, LinkProbe(size_bytes), ttl_ms=MANIFEST_TTL_MS)
+                try:
+                    coming.result(PROBE_PATIENCE_S)
+                except NotDone:
+                    begin_reading()
+                    coming.result()
+            except MindstreamError as error:
+                log.info("the link to %s is not known: %s", holder, error)
+                return
+            took_s = time.monotonic() - started_s
+            self._book.fetched(holder, size_bytes, took_s)
+            handoff.phases.ask_ms += took_s * 1000
+            left_s -= took_s
+            latency = self._book.link(holder).latency
+            size_bytes = costs.larger_probe_bytes(size_bytes, took_s, latency.likely if latency.known else 0.0, left_s)
 
     def _probe_beside(self, handoff: Handoff) -> None:
         """While it is read again: else a link that was probed at a bad moment would be held to be slow for ever."""
         holder, started_s = handoff.ask.holder, time.monotonic()
-        size_bytes = costs.probe_bytes(handoff.prefill_s)
+        byte = self._book.link(holder).byte
+        # Nobody waits for it, so it may be large.
+        size_bytes = int(min(costs.MOST_PROBE_BYTES, max(2_048, PROBE_BESIDE_SHARE * handoff.prefill_s / byte.likely)))
 
         def note(coming: Future[Any]) -> None:
             if not coming.cancelled() and coming.exception() is None:

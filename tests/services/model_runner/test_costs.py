@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from services.model_runner.costs import (
     EXACT_WORTH,
     EXACT_WORTH_S,
+    MOST_PROBE_BYTES,
     TOKENS,
     Estimate,
     Here,
@@ -19,6 +20,7 @@ from services.model_runner.costs import (
     RungOffer,
     Wanted,
     choose,
+    larger_probe_bytes,
     overlapped,
     predict,
     probe_bytes,
@@ -266,3 +268,15 @@ def test_a_transfer_of_which_nothing_came_is_given_up_after_a_while() -> None:
 def test_a_probe_costs_a_small_share_of_reading_again_on_the_slowest_link(prefill_s: float) -> None:
     assert 2_048 <= probe_bytes(prefill_s) <= 65_536
     assert probe_bytes(prefill_s) / 125_000 <= 0.04 * prefill_s + 0.017
+
+
+def test_a_probe_is_followed_by_a_larger_one_only_where_it_came_at_once() -> None:
+    # 5 kB in hardly more than an empty answer takes: a fast link, how fast is not known.
+    assert larger_probe_bytes(5_000, 0.004, 0.0035, 0.036) == 45_000
+    assert larger_probe_bytes(50_000, 0.004, 0.0035, 10.0) == MOST_PROBE_BYTES
+    assert larger_probe_bytes(MOST_PROBE_BYTES, 0.004, 0.0035, 10.0) == 0
+    # Its bytes took their time: the rate is known.
+    assert larger_probe_bytes(5_000, 0.04, 0.0035, 10.0) == 0
+    # No time is left for one that would say more.
+    assert larger_probe_bytes(5_000, 0.004, 0.0035, 0.005) == 0
+    assert larger_probe_bytes(5_000, 0.004, 0.0, 10.0) == 0, "nothing is known of an empty answer"
